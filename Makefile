@@ -1,0 +1,34 @@
+# make demo    plan Llama-3.1-8B for 8 GPUs, then run a small one on 2 CPU ranks
+# make test    what CI runs: ruff, mypy --strict, the layer contract, pytest
+# make bench   planning time and step overhead against their ceilings
+# Each makes .venv first, from constraints.txt. A PYTHON of your own: make test PYTHON=/path/to/python3.11
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread per process: the suite starts several ranks at a time, and CPU seconds are only comparable that way.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test bench clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p colrow
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -n 2
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench/run.py
+
+# torch is asked for by its exact version: pip then takes a CPU build of it (2.13.0+cpu) where one is at hand.
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "colrow needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[hf,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
