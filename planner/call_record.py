@@ -1,0 +1,99 @@
+"""Records every torch API call made while a model runs: its module, its chain of Python frames, its arguments.
+
+The chain is what lets a plan say *where* a reduction goes and the rewriter put it there: every ATen node of the trace is tagged with the API
+call that made it, and a call is an expression in somebody's source.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch.fx.traceback
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+
+TAG = "colrow_call"
+_MODULE_CALL = nn.Module._call_impl.__code__
+_TORCH = torch.__path__[0]
+_LAYERS = f"{_TORCH}/nn/modules/"
+_OWN = __file__
+
+
+class Measured(int):
+    """A length that the model's code read from a tensor's shape: run on local tensors, the code reads the local length by itself."""
+
+    def _combined(self, method: str, other: Any) -> Any:
+        result = getattr(int, method)(self, other)
+        return Measured(result) if type(result) is int else result
+
+    def __mul__(self, other: Any) -> Any:
+        """Products of a measured length are measured."""
+        return self._combined("__mul__", other)
+
+    def __rmul__(self, other: Any) -> Any:
+        """Products of a measured length are measured."""
+        return self._combined("__rmul__", other)
+
+    def __floordiv__(self, other: Any) -> Any:
+        """Parts of a measured length are measured."""
+        return self._combined("__floordiv__", other)
+
+
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_SIZE = torch.Tensor.size
+
+
+@dataclass(frozen=True)
+class RawCall:
+    """One API call as it was seen: frames are ``(code, last instruction)`` from the module's forward inward."""
+
+    module: nn.Module | None
+    frames: tuple[tuple[CodeType, int], ...]
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
+class CallRecorder(TorchFunctionMode):
+    """Keeps a `RawCall` per API call and tags the FX nodes traced inside it with its index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[RawCall] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs ``func`` with its tag in the tracer's current metadata."""
+        if func is _SHAPE or func is _SIZE:
+            lengths = func(*args, **(kwargs or {}))
+            return Measured(lengths) if isinstance(lengths, int) else torch.Size([Measured(n) for n in lengths])
+        module, frames = _caller()
+        self.calls.append(RawCall(module, frames, func, tuple(args), dict(kwargs or {})))
+        meta = torch.fx.traceback.current_meta
+        before = meta.get("custom")
+        meta["custom"] = {**(before or {}), TAG: len(self.calls) - 1}
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            if before is None:
+                del meta["custom"]
+            else:
+                meta["custom"] = before
+
+
+def _caller() -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:
+    """The calling module and the frames between its forward and the API call, torch's own plumbing left out."""
+    frame = sys._getframe(2)
+    chain: list[tuple[CodeType, int]] = []
+    while frame is not None:
+        code = frame.f_code
+        if code is _MODULE_CALL:
+            return frame.f_locals["self"], tuple(reversed(chain))
+        file = code.co_filename
+        if chain or not (file == _OWN or (file.startswith(_TORCH) and not file.startswith(_LAYERS))):
+            chain.append((code, frame.f_lasti))
+        frame = frame.f_back  # type: ignore[assignment]
+    return None, ()

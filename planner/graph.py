@@ -1,0 +1,154 @@
+"""The traced graph: values, the operators that make them, and the call sites they come from.
+
+A `Graph` is plain data. Nodes are in execution order and refer to earlier nodes by index. Repeated blocks are traced once and appear once per
+repetition; `Graph.blocks` says which node ranges are copies of which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .sites import Site
+
+LEAVES = frozenset({"parameter", "buffer", "input", "constant"})
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A reference to the value of node ``index``."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded torch API call: where it stands in the source and which Python function it calls.
+
+    Attributes:
+        site: Module path and chain of frames.
+        function: The API function's name.
+        arguments: Arguments as the API function received them, tensors as `Ref`.
+        keywords: Keyword arguments likewise.
+        is_method: The receiver is ``arguments[0]``.
+    """
+
+    site: Site
+    function: str
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    is_method: bool
+
+
+@dataclass
+class Node:
+    """One value.
+
+    Attributes:
+        index: Position in ``Graph.nodes``.
+        op: Operator name without namespace and overload (``linear``, ``add``), or one of `LEAVES`, or ``getitem`` of a tuple.
+        arguments: Arguments in ATen order, values as `Ref`.
+        keywords: Keyword arguments.
+        shape: Global shape; of the first output where there are several.
+        dtype: Likewise.
+        outputs: Shape and dtype of every output of an operator that returns a tuple; else empty.
+        call: The call that made it (index into ``Graph.calls``); -1 for leaves.
+        fqn: Path of a leaf.
+        module: Path of the innermost module whose forward made it.
+        differentiable: A gradient may flow into it.
+    """
+
+    index: int
+    op: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    call: int = -1
+    fqn: str = ""
+    module: str = ""
+    differentiable: bool = False
+    overload: str = ""
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """Indices of the values it reads, in argument order, repeats kept."""
+        return tuple(references((self.arguments, self.keywords)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole value (all outputs)."""
+        shapes = self.outputs or ((self.shape, self.dtype),)
+        return sum(numel(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A direct child of a ModuleList or Sequential with two or more modules.
+
+    Attributes:
+        fqn: Its path.
+        nodes: Its node range ``[start, stop)``.
+        template: Index into ``Graph.blocks`` of the block it is a copy of (its own where it was traced itself).
+    """
+
+    fqn: str
+    nodes: tuple[int, int]
+    template: int
+
+
+@dataclass
+class Graph:
+    """A traced model.
+
+    Attributes:
+        nodes: In execution order.
+        calls: Recorded API calls.
+        outputs: The model's output values.
+        ties: Alias fqn -> the fqn whose parameter object it shares.
+        blocks: In execution order.
+        findings: What the trace assumed or could not see.
+        assumptions: Facts of the trace a plan must record (dtype, mode, versions, implementations).
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    ties: dict[str, str] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    assumptions: dict[str, str] = field(default_factory=dict)
+
+    def users(self) -> list[list[int]]:
+        """For each node, the nodes that read it."""
+        readers: list[list[int]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for operand in dict.fromkeys(node.operands):
+                readers[operand].append(node.index)
+        return readers
+
+
+def references(tree: Any) -> Iterator[int]:
+    """Indices of all `Ref` in nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Ref):
+        yield tree.index
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from references(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from references(item)
+    elif isinstance(tree, slice):
+        yield from references((tree.start, tree.stop, tree.step))
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    """Number of elements."""
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,279 @@
+"""The FX trace -> `Graph`: noise dropped, folded blocks unfolded, call sites attached."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from .call_record import TAG, RawCall
+from .folding import Folding
+from .graph import Block, Call, Graph, Node, Ref
+from .sites import Site, frame_of
+
+_NOISE = frozenset({"_assert_tensor_metadata", "_set_grad_enabled", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"})
+_SAME = frozenset({"alias", "lift_fresh_copy", "lift_fresh", "lift", "detach_"})
+_SAME_IF_UNCHANGED = frozenset({"to", "_to_copy", "type_as", "contiguous_"})
+_NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize", "round", "floor", "ceil", "sign"})
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+
+
+def graph_of(
+    traced: torch.fx.GraphModule,
+    calls: list[RawCall],
+    model: nn.Module,
+    state: dict[str, Tensor],
+    inputs: Any,
+    folding: Folding,
+) -> Graph:
+    """Turns a traced module into a `Graph`; ``calls`` are the API calls that its nodes' tags index."""
+    return _Lifting(traced, calls, model, state, inputs, folding).run()
+
+
+class _Lifting:
+    """The state of one conversion; `run` is its only entry."""
+
+    def __init__(
+        self,
+        traced: torch.fx.GraphModule,
+        calls: list[RawCall],
+        model: nn.Module,
+        state: dict[str, Tensor],
+        inputs: Any,
+        folding: Folding,
+    ) -> None:
+        self.traced, self.raw_calls, self.folding, self.model = traced, calls, folding, model
+        self.graph = Graph()
+        self.leaf_names = _leaf_names(model, state, inputs)
+        self.value: dict[torch.fx.Node, Ref | list[Ref]] = {}
+        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.requires_grad = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+        self.call_index: dict[int, int] = {}
+        self.tensor_nodes: dict[int, list[int]] = {}
+        self.leaf_index: dict[str, int] = {}
+        self.open_blocks: dict[str, tuple[int, int, list[int]]] = {}
+        self.templates: dict[str, tuple[int, int, list[int], list[int], int]] = {}
+        self.block_starts = _block_paths(model)
+
+    def run(self) -> Graph:
+        names = iter(self.leaf_names)
+        for node in self.traced.graph.nodes:
+            if node.op == "placeholder":
+                kind, name = next(names)
+                self._placeholder(node, kind, name)
+            elif node.op == "get_attr":
+                value = getattr(self.traced, node.target)
+                self.value[node] = self._leaf("constant", node.target, tuple(value.shape), value.dtype)
+            elif node.op == "call_function":
+                self._operator(node)
+            elif node.op == "output":
+                self.graph.outputs = [r.index for r in pytree.tree_leaves(node.args[0], is_leaf=_is_fx) for r in [self.value[r]]]  # type: ignore[union-attr]
+        _record_blocks(self.graph, self.block_starts, self.templates)
+        return self.graph
+
+    def _placeholder(self, node: torch.fx.Node, kind: str, name: str) -> None:
+        val = node.meta.get("val")
+        if not isinstance(val, Tensor):
+            return
+        if kind != "input" and not node.users:
+            return
+        self.value[node] = self._leaf(kind, name, tuple(val.shape), val.dtype)
+
+    def _leaf(self, kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ref:
+        floating = dtype in _FLOATS
+        differentiable = floating and (kind == "input" or (kind == "parameter" and self.requires_grad.get(name, True)))
+        node = Node(len(self.graph.nodes), kind, (), {}, shape, dtype, fqn=name, differentiable=differentiable)
+        self.graph.nodes.append(node)
+        self.leaf_index[name] = node.index
+        return Ref(node.index)
+
+    def _operator(self, node: torch.fx.Node) -> None:
+        if node.target is operator.getitem:
+            source, position = node.args
+            made = self.value[source]  # type: ignore[index]
+            if isinstance(made, list):
+                self.value[node] = made[position]  # type: ignore[index]
+                return
+            self._append(node, "getitem", (made, position), {}, "")
+            return
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return  # _set_grad_enabled and other context markers
+        name = node.target._schema.name.split("::")[1]
+        if node.target is torch.ops.colrow.block.default:
+            self._block(node)
+            return
+        if name in _NOISE:
+            return
+        args = pytree.tree_map_only(torch.fx.Node, lambda n: self.value[n], tuple(node.args))
+        kwargs = pytree.tree_map_only(torch.fx.Node, lambda n: self.value[n], dict(node.kwargs))
+        val = node.meta.get("val")
+        if args and isinstance(args[0], Ref) and isinstance(val, Tensor):
+            source_node = self.graph.nodes[args[0].index]
+            same = source_node.shape == tuple(val.shape) and source_node.dtype == val.dtype
+            if name in _SAME or (same and name in _SAME_IF_UNCHANGED):
+                self.value[node] = args[0]
+                return
+        self._append(node, name, args, kwargs, node.target._overloadname)
+
+    def _append(self, node: torch.fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overload: str) -> None:
+        val = node.meta.get("val")
+        outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+        if isinstance(val, (tuple, list)):
+            outputs = tuple((tuple(v.shape), v.dtype) for v in val if isinstance(v, Tensor))
+            shape, dtype = outputs[0] if outputs else ((), torch.float32)
+        elif isinstance(val, Tensor):
+            shape, dtype = tuple(val.shape), val.dtype
+        else:
+            self.graph.findings.append(f"{name} returns {type(val).__name__}, which the trace fixes")
+            shape, dtype = (), torch.float32
+        made = Node(len(self.graph.nodes), name, args, kwargs, shape, dtype, outputs, overload=overload)
+        made.differentiable = (
+            dtype in _FLOATS and name not in _NO_GRADIENT and any(self.graph.nodes[i].differentiable for i in made.operands)
+        )
+        made.module = _module_path(node)
+        made.call = self._call(node)
+        self.graph.nodes.append(made)
+        self.value[node] = Ref(made.index)
+
+    def _call(self, node: torch.fx.Node) -> int:
+        tag = (node.meta.get("custom") or {}).get(TAG)
+        if tag is None:
+            return -1
+        if tag not in self.call_index:
+            raw = self.raw_calls[tag]
+            path = self.paths.get(id(raw.module), "") if raw.module is not None else ""
+            frames = tuple(frame_of(code, lasti) for code, lasti in raw.frames)
+            by_proxy = self._resolve
+            self.call_index[tag] = len(self.graph.calls)
+            self.graph.calls.append(
+                Call(
+                    Site(path, frames),
+                    getattr(raw.function, "__name__", str(raw.function)),
+                    pytree.tree_map(by_proxy, raw.arguments),
+                    pytree.tree_map(by_proxy, dict(raw.keywords)),
+                    type(raw.function).__name__ in ("method_descriptor", "method-wrapper", "wrapper_descriptor"),
+                )
+            )
+        return self.call_index[tag]
+
+    def _resolve(self, leaf: Any) -> Any:
+        """A recorded argument: plain values as they are; tensors are matched by the node's own operands later."""
+        return "<tensor>" if isinstance(leaf, Tensor) else leaf
+
+    def _block(self, node: torch.fx.Node) -> None:
+        tensors, key, part = node.args
+        refs: list[Ref] = [self.value[t] for t in tensors]  # type: ignore[union-attr,misc,index]
+        call = self.folding.calls[key]  # type: ignore[index]
+        indices = [r.index for r in refs]
+        if part == "enter":
+            self.open_blocks[call.fqn] = (len(self.graph.nodes), len(self.graph.calls), indices)
+            self.value[node] = refs
+        elif part == "exit":
+            start, first_call, entries = self.open_blocks.pop(call.fqn)
+            self.templates[call.fqn] = (start, len(self.graph.nodes), entries, indices, first_call)
+            self.value[node] = refs
+        else:
+            self.value[node] = self._copy(call.template, call.fqn, indices)
+
+    def _copy(self, template: str, fqn: str, entries: list[int]) -> list[Ref]:
+        """Appends a copy of the template's nodes, its parameters renamed and its inputs replaced."""
+        start, stop, old_entries, exits, _ = self.templates[template]
+        graph = self.graph
+        to: dict[int, int] = dict(zip(old_entries, entries, strict=True))
+        calls: dict[int, int] = {}
+
+        def renamed(path: str) -> str:
+            return fqn + path[len(template) :] if path == template or path.startswith(template + ".") else path
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, Ref):
+                return leaf
+            if leaf.index not in to:
+                outer = graph.nodes[leaf.index]
+                if outer.fqn and renamed(outer.fqn) != outer.fqn:
+                    name = renamed(outer.fqn)
+                    if name not in self.leaf_index:
+                        self._leaf(outer.op, name, outer.shape, outer.dtype)
+                    to[leaf.index] = self.leaf_index[name]
+                else:
+                    to[leaf.index] = leaf.index
+            return Ref(to[leaf.index])
+
+        template_nodes = [n for n in graph.nodes[start:stop]]
+        for leaf in dict.fromkeys(i for n in template_nodes for i in n.operands if not start <= i < stop):
+            moved(Ref(leaf))  # all leaves first, so that the copy's own nodes are one range
+        first = len(graph.nodes)
+        for node in template_nodes:
+            if node.op in ("parameter", "buffer", "constant", "input"):
+                to[node.index] = moved(Ref(node.index)).index if node.index not in to else to[node.index]
+                continue
+            if node.call >= 0 and node.call not in calls:
+                old = graph.calls[node.call]
+                calls[node.call] = len(graph.calls)
+                graph.calls.append(replace(old, site=Site(renamed(old.site.module), old.site.frames)))
+            is_ref = lambda x: isinstance(x, Ref)  # noqa: E731
+            copied = replace(
+                node,
+                index=len(graph.nodes),
+                arguments=pytree.tree_map(moved, node.arguments, is_leaf=is_ref),
+                keywords=pytree.tree_map(moved, node.keywords, is_leaf=is_ref),
+                call=calls.get(node.call, -1),
+                module=renamed(node.module),
+            )
+            to[node.index] = copied.index
+            graph.nodes.append(copied)
+        self.templates[fqn] = (first, len(graph.nodes), entries, [to[e] for e in exits], 0)
+        return [Ref(to[e]) for e in exits]
+
+
+def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list[tuple[str, str]]:
+    """Kind and name of each placeholder, in make_fx's order."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = [("parameter" if name in parameters else "buffer", name) for name in state]
+    for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
+        del leaf
+        names.append(("input", pytree.keystr(path).strip("[]'\"").replace("']['", ".").replace("'][", ".").replace("][", ".")))
+    return names
+
+
+def _module_path(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+def _is_fx(leaf: Any) -> bool:
+    return isinstance(leaf, torch.fx.Node)
+
+
+def _block_paths(model: nn.Module) -> list[str]:
+    """Paths of all blocks: direct children of a ModuleList or Sequential with two or more modules."""
+    return [
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+        for child, _ in module.named_children()
+    ]
+
+
+def _record_blocks(graph: Graph, paths: list[str], templates: dict[str, Any]) -> None:
+    """Fills ``graph.blocks`` from the nodes' module paths; leaves count with the block that reads them first."""
+    ranges: dict[str, tuple[int, int]] = {}
+    known = set(paths)
+    for node in graph.nodes:
+        if not node.module:
+            continue
+        parts = node.module.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            if path in known:
+                start, _ = ranges.get(path, (node.index, 0))
+                ranges[path] = (start, node.index + 1)
+    order = sorted(ranges.items(), key=lambda item: (item[1][0], -item[1][1]))
+    position = {path: i for i, (path, _) in enumerate(order)}
+    for i, (path, nodes) in enumerate(order):
+        graph.blocks.append(Block(path, nodes, position.get(path, i)))

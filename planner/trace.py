@@ -1,0 +1,148 @@
+"""Stage 1: an `nn.Module` and example inputs -> `Graph`.
+
+The model's own forward runs once on fake CPU tensors under ``make_fx(pre_dispatch=True)``: ``linear``, ``layer_norm`` and
+``scaled_dot_product_attention`` stay whole, nothing is allocated, and every node carries its module path and its call site. Repeated blocks
+run once (`folding`).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.fx
+import torch.fx.traceback
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from colrow.cost_models.errors import TraceError
+
+from .call_record import CallRecorder
+from .folding import Folding
+from .graph import Graph
+from .lifting import graph_of
+
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
+
+def trace(model: nn.Module, example_inputs: Inputs, *, fold: bool = True) -> Graph:
+    """Traces ``model`` on ``example_inputs``.
+
+    Args:
+        model: Weights may be on meta; they are never read.
+        example_inputs: Keyword arguments, or a tuple of positional ones.
+        fold: Trace equal blocks once. The result is the same graph.
+
+    Raises:
+        TraceError: torch cannot trace the model on these inputs.
+    """
+    if fold:
+        try:
+            return _traced(model, example_inputs, Folding(model))
+        except Exception:  # a block that reads what differs between its copies; the unfolded trace decides
+            pass
+    return _traced(model, example_inputs, Folding(model, enabled=False))
+
+
+def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph:
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    ties = tied_names(model)
+    with fake_mode:
+        state = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="cpu")
+            for name, t in _named_state(model)
+            if not folding.covers(name)
+        }
+    inputs = pytree.tree_map_only(Tensor, _on_cpu, example_inputs)
+    result_spec: list[Any] = []
+
+    def run(state: dict[str, Tensor], inputs: Inputs) -> list[Tensor]:
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
+        result = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
+        leaves, spec = pytree.tree_flatten(_plain(result))
+        result_spec.append(spec)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    run._orig_mod = model  # type: ignore[attr-defined]  # make_fx reads module paths from it
+    recorder = CallRecorder()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(folding.installed())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.fx.traceback.preserve_node_meta())
+        stack.enter_context(recorder)
+        try:
+            traced = make_fx(
+                run,
+                pre_dispatch=True,
+                tracing_mode="fake",
+                record_module_stack=True,
+                _allow_non_fake_inputs=True,
+            )(state, inputs)
+        except Exception as error:
+            raise TraceError(
+                type(model).__name__,
+                f"torch cannot trace this model on these inputs ({type(error).__name__}: {_first_line(error)})",
+                remedy="Pass other example inputs, or make the data-dependent branch static.",
+            ) from error
+    graph = graph_of(traced, recorder.calls, model, state, inputs, folding)
+    graph.ties = ties
+    graph.assumptions.update(_assumptions(model))
+    return graph
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Alias -> first name, for every parameter or buffer registered under several names."""
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            ties[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return ties
+
+
+def _named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Meta inputs become empty CPU ones: data-dependent preparers want a device that computes."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.device.type == "meta" else tensor.cpu()
+
+
+def _plain(result: Any) -> Any:
+    """Model outputs as plain containers, so that pytree opens them."""
+    if isinstance(result, Mapping):
+        return {key: _plain(value) for key, value in result.items()}
+    if isinstance(result, (tuple, list)):
+        return [_plain(value) for value in result]
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _assumptions(model: nn.Module) -> dict[str, str]:
+    facts = {"mode": "train" if model.training else "eval", "torch": torch.__version__.split("+")[0]}
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    facts["dtype"] = ",".join(dtypes)
+    config = getattr(model, "config", None)
+    for name in ("_attn_implementation", "_experts_implementation"):
+        value = getattr(config, name, None)
+        if isinstance(value, str):
+            facts[name.strip("_")] = value
+    if config is not None and type(model).__module__.startswith("transformers."):
+        import transformers
+
+        facts["transformers"] = transformers.__version__
+    return copy.copy(facts)
