@@ -1,0 +1,90 @@
+"""Reductions, normalisations and operators that work along one dim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..placement import PARTIAL, WHOLE, Partial, Replicate, Shard
+from .base import Operation, Result, all_whole, rule, wrapped
+
+
+def _reduced(op: Operation, dims: Iterable[int] | int | None, keepdim: bool) -> tuple[set[int], bool]:
+    rank = len(op.shape(op.argument(0)))
+    listed = range(rank) if dims is None else [dims] if isinstance(dims, int) else list(dims) or range(rank)
+    return {wrapped(d, rank) for d in listed}, keepdim
+
+
+def _reduce(op: Operation, gone: set[int], keepdim: bool, over_split: Result, partial: Result) -> Result:
+    match op.placement(op.argument(0)):
+        case Shard(dim, layout):
+            if dim in gone:
+                return over_split
+            return Shard(dim if keepdim else dim - sum(g < dim for g in gone), layout)
+        case Partial():
+            return partial
+        case Replicate():
+            return WHOLE
+        case None:
+            return None
+
+
+@rule("sum", "mean")
+def linear_reduction(op: Operation) -> Result:
+    """A sum over a split dim is partial; so is a mean, each rank dividing by the global length."""
+    gone, keepdim = _reduced(op, op.argument(1, "dim"), op.argument(2, "keepdim", False))
+    return _reduce(op, gone, keepdim, PARTIAL, PARTIAL)
+
+
+@rule("amax", "amin", "argmax", "argmin", "any", "all", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod", "count_nonzero")
+def other_reduction(op: Operation) -> Result:
+    """Only dims that are not reduced may be split."""
+    position = 2 if op.node.op in ("norm", "linalg_vector_norm") else 1
+    dims = op.argument(position, "dim")
+    if not (dims is None or isinstance(dims, (int, list, tuple))):
+        return WHOLE if all_whole(op) else None
+    gone, keepdim = _reduced(op, dims, bool(op.argument(position + 1, "keepdim", False)))
+    return _reduce(op, gone, keepdim, None, None)
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "glu", "logcumsumexp")
+def along(op: Operation) -> Result:
+    """Independent along every dim but one."""
+    x = op.argument(0)
+    dim = wrapped(op.argument(1, "dim", -1), len(op.shape(x)))
+    match op.placement(x):
+        case Shard(d, layout):
+            return None if d == dim else Shard(d, layout)
+        case Partial():
+            return PARTIAL if op.node.op == "cumsum" else None
+        case placement:
+            return placement
+
+
+@rule("topk", "sort", "max", "min")
+def several(op: Operation) -> Result:
+    """Values and indices along one dim."""
+    x = op.argument(0)
+    if not op.node.outputs or len(op.tensors) > 1:
+        return WHOLE if all_whole(op) and not op.node.outputs else None if not all_whole(op) else (WHOLE,) * len(op.node.outputs)
+    dim = op.argument(2 if op.node.op == "topk" else 1, "dim", -1)
+    match op.placement(x):
+        case Shard(d, layout):
+            return None if d == wrapped(dim, len(op.shape(x))) else (Shard(d, layout),) * len(op.node.outputs)
+        case Replicate():
+            return (WHOLE,) * len(op.node.outputs)
+    return None
+
+
+@rule("layer_norm", "rms_norm")
+def norm(op: Operation) -> Result:
+    """The normalised dims are whole; weight and bias are replicated."""
+    x = op.argument(0)
+    first = len(op.shape(x)) - len(op.argument(1))
+    if not all(isinstance(op.placement(t), Replicate) for t in op.tensors[1:]):
+        return None
+    match op.placement(x):
+        case Shard(d, layout):
+            return Shard(d, layout) if d < first else None
+        case Replicate():
+            return WHOLE
+    return None
