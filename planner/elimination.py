@@ -77,7 +77,7 @@ def decode(
 
 
 def broadcast_index(scope: Sequence[int], table_scope: Sequence[int]) -> tuple[slice | None, ...]:
-    """Index that gives a table over ``table_scope`` (in ``scope``'s order) the dims of ``scope``, new ones of size 1."""
+    """Index that gives a table (dims in ``scope``'s order) all dims of ``scope``, the new ones of size 1."""
     return tuple([slice(None) if v in table_scope else None for v in scope])
 
 
@@ -90,7 +90,7 @@ class MinPlus:
 
     def step(
         self, sizes: Sequence[int], step: Step, inputs: Sequence[tuple[tuple[int, ...], Table]]
-    ) -> tuple[Table, npt.NDArray[np.uint8] | npt.NDArray[np.int32]]:
+    ) -> tuple[Table, npt.NDArray[np.int32]]:
         """Minimum and least minimiser over the step's variable."""
         aligned = []
         for scope, table in inputs:
@@ -98,17 +98,16 @@ class MinPlus:
             order = (*range(axis), *range(axis + 1, len(scope)), axis)
             aligned.append(table.transpose(order)[(*broadcast_index(step.scope, scope), slice(None))])
         values, shape = sizes[step.variable], [sizes[v] for v in step.scope]
-        kind = np.uint8 if values <= 256 else np.int32
         if values * int(np.prod(shape)) <= _IN_ONE_PIECE:
             joined = _sum([*aligned, np.zeros((*shape, values), np.int64)] if len(aligned) == 1 else aligned)
-            return np.asarray(joined.min(axis=-1)), np.asarray(joined.argmin(axis=-1)).astype(kind)
+            return np.asarray(joined.min(axis=-1)), np.asarray(joined.argmin(axis=-1)).astype(np.int32)
         best = np.full(shape, INFEASIBLE, np.int64)
-        argument = np.zeros(shape, kind)
+        argument = np.zeros(shape, np.int32)
         for value in range(values):
             joined = _sum([table[..., value] for table in aligned])
             better = joined < best
             np.minimum(best, joined, out=best)
-            np.copyto(argument, kind(value), where=better)
+            np.copyto(argument, np.int32(value), where=better)
         return best, argument
 
     def decode(self, step: Step, back: Any, assignment: dict[int, int], chosen: dict[int, int]) -> None:

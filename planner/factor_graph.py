@@ -1,9 +1,9 @@
 """The discrete factor graph the solver works on: what is minimised, and the pricing of one assignment.
 
 Tables hold int64 picoseconds (or bytes). ``INFEASIBLE`` is the absorbing top element of the saturating addition
-``min(a + b, INFEASIBLE)``: every table is shifted to a minimum of zero first, so sums never leave ``[0, INFEASIBLE]`` and
-never overflow, as long as the largest finite entries of all factors together stay below ``INFEASIBLE`` (13 days in
-picoseconds, 1.1 exabytes), which ``validate`` checks.
+``min(a + b, INFEASIBLE)``: every table is shifted to a minimum of zero first, so sums of two stay in int64 and a
+forbidden entry never becomes allowed; no allowed one becomes forbidden as long as the largest finite entries of all
+factors add up to less than half of ``INFEASIBLE`` (6 days in picoseconds, 0.5 exabytes), which ``validate`` checks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Factor:
 
     Attributes:
         variables: Indices of the variables it reads, distinct.
-        table: int64, one dim per variable in that order; picoseconds (bytes in ``Problem.memory``); an entry of at least
-            ``INFEASIBLE`` forbids the combination.
+        table: int64, one dim per variable in that order; picoseconds (bytes in ``Problem.memory``); an entry of at
+            least ``INFEASIBLE`` forbids the combination.
     """
 
     variables: tuple[int, ...]
@@ -41,8 +41,8 @@ class Problem:
     Attributes:
         sizes: Domain size of each variable. The order of a domain is a preference: ties go to the lowest index.
         factors: The objective.
-        groups: Interiors of repeated blocks, disjoint; they are eliminated first, and equal ones once. Never needed for a
-            right answer, only for a fast one.
+        groups: Interiors of repeated blocks, disjoint; they are eliminated first, and equal ones once. Never needed for
+            a right answer, only for a fast one.
         memory: Additive bytes, of the same form and all finite.
         memory_cap: Bytes; None means no cap.
     """
@@ -136,7 +136,7 @@ def intern_tables(factors: Sequence[Factor]) -> tuple[list[Interned], int]:
         if known is None:
             least = int(factor.table.min())
             if least >= INFEASIBLE:
-                raise Infeasible(f"factor {index}", "every combination of its variables is forbidden", got=factor.variables)
+                raise Infeasible(f"factor {index}", "forbids every combination of its variables", got=factor.variables)
             shifted = np.where(factor.table >= INFEASIBLE, INFEASIBLE, factor.table - least)
             content = (shifted.shape, shifted.tobytes())
             shared = by_content.setdefault(content, (shifted, len(by_content)))

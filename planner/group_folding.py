@@ -2,8 +2,8 @@
 
 The interior of a group meets the rest of the graph only through its boundary, so eliminating the interior leaves exact
 tables over the boundary. These depend on nothing but the tables that touch the interior and the positions at which they
-do: two groups in which both are equal get the same messages and the same back pointers, and only the names of the variables
-differ. Nothing is approximated, so a folded solve costs what the unfolded one costs.
+do: two groups in which both are equal get the same messages and the same back pointers, and only the names of the
+variables differ. Nothing is approximated, so a folded solve costs what the unfolded one costs.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def as_terms(graph: Graph, indices: Iterable[int], local: dict[int, int] | None 
 def fold(graph: Graph, algebra: Algebra[T], limit: int) -> Folded[T]:
     """Eliminate the groups' interiors, equal groups once.
 
-    A variable shared by two groups' factors counts as boundary of both, and a group whose interior needs a joined table of
-    more than ``limit`` entries is left unfolded: both only change speed.
+    Variables of a factor that touches several groups count as boundary, and a group whose interior needs a joined table
+    of more than ``limit`` entries is left unfolded: both only change speed.
 
     Raises:
         Infeasible: The interior of some group has no assignment.
@@ -93,7 +93,7 @@ def fold(graph: Graph, algebra: Algebra[T], limit: int) -> Folded[T]:
             for v in factor.variables:
                 group_of.pop(v, None)
     touching: list[list[int]] = [[] for _ in graph.groups]
-    outside = []
+    outside: list[int] = []
     for index, factor in enumerate(graph.factors):
         home = next((group_of[v] for v in factor.variables if v in group_of), None)
         (outside if home is None else touching[home]).append(index)

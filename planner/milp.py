@@ -1,39 +1,39 @@
 """The same problem as an integer program, for graphs too wide to eliminate (HiGHS through scipy).
 
-Standard local-polytope formulation (Wainwright and Jordan, 2008, section 4.1), with x[v, i] in {0, 1} and y[f, t] >= 0 for
-every entry t of factor f that is not forbidden:
+Standard local-polytope formulation (Wainwright and Jordan, 2008, section 4.1), with x[v, i] in {0, 1} and y[f, t] >= 0
+for every entry t of factor f that is not forbidden:
 
     minimise   sum of f[t] y[f, t]
     such that  sum over i of x[v, i] = 1                              one value per variable
                sum over t with t_v = i of y[f, t] = x[v, i]           for every f, v in f, i
                sum of bytes <= cap                                    where memory is capped
 
-Integral x force y to the one entry x selects. HiGHS computes in float64 with tolerances near 1e-6, so what it returns is only
-a candidate and a float bound: the caller re-prices the candidate in integers, and ``_integer_bound`` rounds the bound in the
-safe direction by more than the tolerances can hide.
+Integral x force y to the one entry x selects. HiGHS computes in float64 with tolerances near 1e-6, so what it returns
+is only a candidate and a float bound: the caller re-prices the candidate in integers, and ``_integer_bound`` rounds the
+bound in the safe direction by more than the tolerances can hide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, gcd, isfinite
+from math import ceil, gcd, inf, isfinite
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array
 
 from .factor_graph import INFEASIBLE
 from .presolve import Term
 
 _LARGEST_COEFFICIENT = 1e6  # HiGHS' absolute tolerances (1e-7 dual, 1e-6 gap) assume moderate coefficients
-_OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2  # scipy's OptimizeResult.status
+_INFEASIBLE = 2  # scipy's OptimizeResult.status
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What HiGHS found: values per variable (None: nothing in time), a lower bound in picoseconds, whether none exists."""
+    """HiGHS' values per variable (None: nothing in time), lower bound in picoseconds, whether no assignment exists."""
 
     values: dict[int, int] | None
     lower_bound: int
@@ -80,31 +80,29 @@ def solve_ilp(
             signs += [np.ones(entries.size), -np.ones(sizes[v])]
             right += [0.0] * sizes[v]
     cost, weight = np.concatenate(costs), np.concatenate(weights)
-    matrix = csr_array(
-        (np.concatenate(signs), (np.concatenate(rows), np.concatenate(cols))), shape=(len(right), columns), dtype=float
-    )
+    matrix = coo_array((np.concatenate(signs), (np.concatenate(rows), np.concatenate(cols))), (len(right), columns))
     constraints = [LinearConstraint(matrix, right, right)]
     if memory_cap is not None:
         scale = max(1.0, float(weight.max(initial=0)))
-        # Rounding must never cut off what fits: half a byte and the float error of the row are let through and re-checked.
+        # Rounding must not cut off what fits: half a byte and the row's float error are let through; callers re-check.
         slack = 0.5 + 1e-12 * float(weight.sum())
-        constraints.append(LinearConstraint(csr_array(weight[None] / scale), -np.inf, (memory_cap + slack) / scale))
-    unit = gcd(*map(int, np.unique(cost)))
-    unit = max(1, unit)
+        constraints.append(LinearConstraint(weight[None] / scale, -np.inf, (memory_cap + slack) / scale))
+    unit = max(1, gcd(*map(int, np.unique(cost))))
     scale = max(1.0, float(cost.max(initial=0)) / unit / _LARGEST_COEFFICIENT) * unit
-    options: dict[str, float | bool] = {"mip_rel_gap": 0.0, "presolve": True}
-    if time_limit_s is not None:
-        options["time_limit"] = time_limit_s
-    integrality = np.zeros(columns)
+    integrality = np.zeros(columns, np.int64)
     integrality[:integral] = 1
     result = milp(
-        cost / scale, integrality=integrality, bounds=Bounds(0, 1), constraints=constraints, options=options
+        cost / scale,
+        integrality=integrality,
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 0.0, "time_limit": inf if time_limit_s is None else time_limit_s},
     )
-    values = None
+    chosen: dict[int, int] | None = None
     if result.x is not None:
-        values = {v: int(np.argmax(result.x[first[v] : first[v] + sizes[v]])) for v in variables}
+        chosen = {v: int(np.argmax(result.x[first[v] : first[v] + sizes[v]])) for v in variables}
     bound = _integer_bound(result.mip_dual_bound, scale, unit)
-    return Candidate(values, bound, result.status == _INFEASIBLE, columns)
+    return Candidate(chosen, bound, result.status == _INFEASIBLE, columns)
 
 
 def _integer_bound(dual_bound: float | None, scale: float, unit: int) -> int:

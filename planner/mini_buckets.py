@@ -4,8 +4,8 @@ A bucket whose joined table would be too large is split into several that are mi
 
     min over x of [ a(s, x) + b(t, x) ] >= min over x of a(s, x) + min over x of b(t, x),
 
-so the constants that remain are a lower bound (Dechter and Rish, Journal of the ACM 50, 2003, section 3). Reading back takes
-for each variable the least value of its whole bucket given the later ones: a candidate, not always a feasible one.
+so the constants that remain are a lower bound (Dechter and Rish, Journal of the ACM 50, 2003, section 3). Reading back
+takes for each variable the least value of its whole bucket given the later ones: a candidate, not always feasible.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .presolve import Term
 
 
 def mini_bucket_bound(sizes: Sequence[int], terms: Sequence[Term], limit: int) -> tuple[int, dict[int, int] | None]:
-    """Lower bound of the sum of ``terms`` with joined tables of at most ``limit`` entries, and a feasible candidate if met.
+    """Lower bound of the sum of ``terms``, and a candidate if the one read back is feasible.
 
     Args:
         sizes: Domain size per variable.

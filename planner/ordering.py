@@ -1,9 +1,9 @@
 """In which order to eliminate variables, decided on scopes alone.
 
 Two greedy orders are known to do well on near-chains (Koller and Friedman, Probabilistic Graphical Models, 2009,
-section 9.4.3.2): least joined table first, and fewest new edges first. The first costs O(n log n) here and is nearly always
-enough; the second is tried when the first forms a large table, and the one with less work is taken. Ties go to the variable
-with the lowest index, so the order depends on nothing but the graph.
+section 9.4.3.2): least joined table first, and fewest new edges first. The first costs O(n log n) here and is nearly
+always enough; the second is tried when the first leaves much work, and the one with less is taken. Ties go to the
+variable with the lowest index, so the order depends on nothing but the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import prod
 
-_SECOND_ORDER_ABOVE = 1 << 12  # entries of the largest table; below it numpy's call overhead dominates any order
+_ORDERING = 1 << 15  # joined entries that cost as much as ordering one variable by fewest edges (0.2 ms, 2026-11)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Schedule:
     width: int
 
 
-def schedule(scopes: Sequence[tuple[int, ...]], sizes: Sequence[int], eliminable: Iterable[int], limit: int) -> Schedule:
+def schedule(
+    scopes: Sequence[tuple[int, ...]], sizes: Sequence[int], eliminable: Iterable[int], limit: int
+) -> Schedule:
     """Order the elimination of ``eliminable`` so that no joined table has more than ``limit`` entries.
 
     Args:
@@ -59,7 +61,7 @@ def schedule(scopes: Sequence[tuple[int, ...]], sizes: Sequence[int], eliminable
     """
     wanted = sorted(set(eliminable) & {v for scope in scopes for v in scope})
     first = _greedy(scopes, sizes, wanted, limit, fewest_edges=False)
-    if first.largest <= _SECOND_ORDER_ABOVE and not first.remaining:
+    if first.work <= _ORDERING * len(wanted) and not first.remaining:
         return first
     second = _greedy(scopes, sizes, wanted, limit, fewest_edges=True)
     return min(first, second, key=lambda order: (len(order.remaining), order.work))

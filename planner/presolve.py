@@ -1,18 +1,22 @@
 """Reductions before elimination, each exact in cost.
 
 * ``merge_parallel``: factors over the same variables are one factor, and constants leave the graph.
-* ``_drop_unsupported``: a value that occurs in no feasible entry of some factor occurs in no feasible assignment
+* ``drop_unsupported``: a value that occurs in no feasible entry of some factor occurs in no feasible assignment
   (generalised arc consistency); a variable with one value left leaves the graph.
-* ``_drop_dominated``: value j goes if some i satisfies sum over factors f of max over contexts c of (f[i, c] - f[j, c]) <= 0,
-  contexts in which j is forbidden apart: putting i for j never makes an assignment dearer (Goldstein, Biophysical Journal
-  66, 1994, equation 4; "never worse in any entry" is the special case where each maximum is <= 0). With memory, the same must
-  hold in bytes. Between equals the lower index stays, so domain order remains the preference.
+* ``drop_dominated``: value j goes if some i satisfies
+
+      sum over factors f of max over contexts c of (f[i, c] - f[j, c]) <= 0,
+
+  contexts in which j is forbidden apart: putting i for j never makes an assignment dearer (Goldstein, Biophysical
+  Journal 66, 1994, equation 4; "never worse in any entry" is the special case of no positive maximum). With memory, the
+  same must hold in bytes. Between equals the lower index stays, so domain order remains the preference.
 
 Chains collapse by themselves: a variable with one or two neighbours is what least-table-first elimination takes first.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,8 +79,13 @@ def merge_parallel(terms: Iterable[Term]) -> tuple[list[Term], int, int]:
     if constant is None:
         return list(merged.values()), 0, 0
     if int(constant.cost) >= INFEASIBLE:
-        raise Infeasible("solver", "no assignment satisfies all factors", remedy="Loosen a pin or allow more placements.")
+        raise nothing_satisfies()
     return list(merged.values()), int(constant.cost), 0 if constant.memory is None else int(constant.memory)
+
+
+def nothing_satisfies() -> Infeasible:
+    """The error for a problem without any assignment."""
+    return Infeasible("solver", "no assignment satisfies all factors", remedy="Loosen a pin or allow more placements.")
 
 
 def reduce_domains(
@@ -136,11 +145,12 @@ class _Domains:
 
     def drop_unsupported(self, start: Iterable[int]) -> set[int]:
         """Generalised arc consistency from the terms ``start``; the variables whose domain shrank."""
-        queue = dict.fromkeys(start)
+        queue = deque(start)
+        queued = set(queue)
         shrunk: set[int] = set()
         while queue:
-            index = next(iter(queue))
-            del queue[index]
+            index = queue.popleft()
+            queued.discard(index)
             feasible = self.terms[index].cost < INFEASIBLE
             if feasible.all():
                 continue
@@ -152,23 +162,27 @@ class _Domains:
                 if not supported.all():
                     self.restrict(v, np.flatnonzero(supported))
                     feasible = self.terms[index].cost < INFEASIBLE
-                    queue.update(dict.fromkeys(self.terms_of[v]))
+                    queue.extend(other for other in self.terms_of[v] if other not in queued)
+                    queued.update(self.terms_of[v])
                     shrunk.add(v)
         return shrunk
 
     def drop_dominated(self) -> None:
         """Drop dominated values, then what that leaves unsupported, until nothing changes."""
-        queue = dict.fromkeys(sorted(self.interior))
+        queue = deque(sorted(self.interior))
+        queued = set(queue)
         while queue:
-            v = next(iter(queue))
-            del queue[v]
+            v = queue.popleft()
+            queued.discard(v)
             keep = self._undominated(v)
             if keep.size == self.sizes[v]:
                 continue
             self.restrict(v, keep)
             changed = {v} | self.drop_unsupported(self.terms_of.get(v, ()))
             near = {u for w in changed for index in self.terms_of.get(w, ()) for u in self.terms[index].scope}
-            queue.update(dict.fromkeys(sorted(near & self.interior)))
+            again = sorted((near & self.interior) - queued)
+            queue.extend(again)
+            queued.update(again)
 
     def _undominated(self, v: int) -> npt.NDArray[np.intp]:
         size, terms = self.sizes[v], [self.terms[index] for index in self.terms_of.get(v, ())]
