@@ -1,0 +1,353 @@
+"""Hardware profiles: what one machine kind costs in seconds and holds in bytes, read from JSON and checked.
+
+A profile is data (``profiles/*.json``, or a file of the user's); `Hardware` is its schema and the only thing the
+planner asks for times. Every field name carries its unit, bounds catch values in another unit, and unknown fields
+are refused, so a profile is either right in form or refused with the name of the field at fault.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .communication import (
+    COLLECTIVE_KINDS,
+    CollectiveKind,
+    Curve,
+    SegmentedLine,
+    between_sizes,
+    inter_node_s,
+)
+from .errors import HardwareError
+
+SCHEMA = "colrow.hardware/1"
+PROFILE_REMEDY = "Compare with a profile that ships with colrow (cost_models/profiles)."
+
+Text = Annotated[str, Field(min_length=1)]
+# The bounds are where a number in another unit (us for s, GB for bytes, TFLOPS for flops) would land.
+Latency = Annotated[float, Field(gt=0, lt=0.1, allow_inf_nan=False)]
+SecondsPerByte = Annotated[float, Field(ge=0, lt=1e-6, allow_inf_nan=False)]
+BytesPerSecond = Annotated[float, Field(gt=1e8, lt=1e15, allow_inf_nan=False)]
+FlopsPerSecond = Annotated[float, Field(gt=1e8, lt=1e19, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """Base of all profile parts: immutable, no unknown fields, no conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Segment(Strict):
+    """From ``from_bytes`` on, each further byte of the whole tensor takes ``s_per_byte`` seconds."""
+
+    from_bytes: Bytes
+    s_per_byte: SecondsPerByte
+
+
+class GroupCurve(Strict):
+    """One collective at one group size.
+
+    Attributes:
+        size: Ranks in the group.
+        basis: ``measured`` (fitted to a table) or ``structural`` (derived from a measured curve by a formula).
+        min_bytes: Smallest measured message, bytes of the whole tensor.
+        max_bytes: Largest measured message.
+        latency_s: Seconds of an empty message.
+        segments: One to three, ascending, the first from byte 0.
+        median_rel_error: Of the fit against its table; None where structural.
+        max_rel_error: As above, the worst row.
+    """
+
+    size: Annotated[int, Field(ge=2)]
+    basis: Literal["measured", "structural"]
+    min_bytes: Bytes
+    max_bytes: Bytes
+    latency_s: Latency
+    segments: Annotated[list[Segment], Field(min_length=1, max_length=3)]
+    median_rel_error: Error | None = None
+    max_rel_error: Error | None = None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        starts = [segment.from_bytes for segment in self.segments]
+        if starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError(f"segments.from_bytes must start at 0 and ascend strictly, got {starts}")
+        if self.min_bytes > self.max_bytes:
+            raise ValueError(f"min_bytes must not exceed max_bytes, got {self.min_bytes} > {self.max_bytes}")
+        return self
+
+    def line(self) -> SegmentedLine:
+        """The curve to evaluate."""
+        return SegmentedLine.through(
+            self.latency_s,
+            [float(segment.from_bytes) for segment in self.segments],
+            [segment.s_per_byte for segment in self.segments],
+        )
+
+
+class Collective(Strict):
+    """One kind of collective: the library that was measured and its curves by group size."""
+
+    implementation: Text
+    groups: Annotated[list[GroupCurve], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct_sizes(self) -> Self:
+        sizes = [group.size for group in self.groups]
+        if sizes != sorted(set(sizes)):
+            raise ValueError(f"groups.size must ascend strictly, got {sizes}")
+        return self
+
+
+class Collectives(Strict):
+    """Every kind the planner may place."""
+
+    all_reduce: Collective
+    all_gather: Collective
+    reduce_scatter: Collective
+    all_to_all: Collective
+    broadcast: Collective
+
+
+class InterNode(Strict):
+    """The network between nodes, for groups larger than ``ranks_per_node`` (always a structural prediction)."""
+
+    latency_s: Latency
+    bytes_per_s_per_rank: BytesPerSecond
+    source: Text
+
+
+class Compute(Strict):
+    """Arithmetic rates.
+
+    Attributes:
+        peak_flops_per_s: By torch dtype name (``bfloat16``, ``float32``, ...), dense. ``float32`` must be present:
+            dtypes that are not listed run at its rate, on the ordinary vector units.
+        efficiency: Share of that peak a large matmul reaches, by the same names; unlisted dtypes take float32's.
+        source: Where the peaks and the efficiency come from.
+    """
+
+    peak_flops_per_s: dict[str, FlopsPerSecond]
+    efficiency: dict[str, Fraction]
+    source: Text
+
+    @model_validator(mode="after")
+    def _float32_present(self) -> Self:
+        for field, rates in (("peak_flops_per_s", self.peak_flops_per_s), ("efficiency", self.efficiency)):
+            if "float32" not in rates:
+                raise ValueError(f"{field} must name float32, the rate of dtypes that are not listed")
+        return self
+
+
+class Memory(Strict):
+    """The device's own memory: its bandwidth, and the share of it that streaming kernels reach."""
+
+    bandwidth_bytes_per_s: BytesPerSecond
+    efficiency: Fraction
+    source: Text
+
+
+class Hardware(Strict):
+    """One machine kind.
+
+    Attributes:
+        schema_version: ``schema`` in the file.
+        name: What ``--hardware`` takes.
+        description: One line for people.
+        source: Where the collective times come from: repository, path, or "measured" and on what.
+        commit: Commit of that source, "" for a measurement.
+        licence: SPDX identifier of the measured table; a table without a licence is not used.
+        date: ISO date of the measurement or of the source's commit.
+        memory_gb: Per rank, 1 GB = 1e9 bytes.
+        ranks_per_node: Ranks that share the measured links; larger groups need ``inter_node``.
+        collectives: Communication.
+        inter_node: None: groups stay within a node.
+        compute: Arithmetic.
+        memory: Memory bandwidth.
+        launch_overhead_s: Seconds each operator costs before its roofline.
+        launch_source: Where that comes from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+    schema_version: Literal["colrow.hardware/1"] = Field(alias="schema")
+    name: Text
+    description: Text
+    source: Text
+    commit: str
+    licence: Text
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    memory_gb: Annotated[float, Field(gt=0.1, lt=1e5, allow_inf_nan=False)]
+    ranks_per_node: Annotated[int, Field(ge=1)]
+    collectives: Collectives
+    inter_node: InterNode | None
+    compute: Compute
+    memory: Memory
+    launch_overhead_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)]
+    launch_source: Text
+
+    @cached_property
+    def curves(self) -> dict[tuple[str, int], Curve]:
+        """Curves built so far by (kind, size). A plain attribute: pydantic's private ones cost 2 us an access."""
+        return {}
+
+    def collective_s(self, kind: str, nbytes: int, size: int) -> float:
+        """Predicted seconds of one collective.
+
+        Args:
+            kind: One of all_reduce, all_gather, reduce_scatter, all_to_all, broadcast.
+            nbytes: Bytes of the whole, unsharded tensor over all ranks (nccl-tests' message size, except that an
+                all_to_all also counts all ranks), at least 0.
+            size: Ranks in the group. 1 costs nothing.
+
+        Raises:
+            HardwareError: An unknown kind, negative ``nbytes``, ``size`` below 1, or a group larger than a node on a
+                profile without ``inter_node``.
+        """
+        curve = self.curves.get((kind, size))
+        if curve is None:
+            if size == 1 and kind in COLLECTIVE_KINDS:
+                return 0.0
+            curve = self.curves[(kind, size)] = self._curve(kind, size)
+        if nbytes < 0:
+            raise HardwareError("nbytes", "a message cannot be negative", got=nbytes, need="0 or more")
+        return curve(nbytes)
+
+    def predicts_within(self, kind: str, nbytes: int, size: int) -> bool:
+        """Whether `collective_s` interpolates a measurement of exactly this kind and group size.
+
+        False outside the measured range of sizes, for group sizes between or beyond measured ones, and for curves
+        that a formula derived (``basis: structural``). A group of one is always within.
+        """
+        groups = self._collective(kind).groups
+        if size == 1:
+            return True
+        return any(
+            group.size == size and group.basis == "measured" and group.min_bytes <= nbytes <= group.max_bytes
+            for group in groups
+        )
+
+    def _collective(self, kind: str) -> Collective:
+        if kind not in COLLECTIVE_KINDS:
+            raise HardwareError("kind", "unknown collective", got=repr(kind), need=", ".join(COLLECTIVE_KINDS))
+        collective: Collective = getattr(self.collectives, kind)
+        return collective
+
+    def _curve(self, kind: str, size: int) -> Curve:
+        """Build the curve of one kind and group size; see `communication` for the formulas."""
+        groups = self._collective(kind).groups
+        if size < 2:
+            raise HardwareError("size", "not a group size", got=size, need="1 or more")
+        if size > self.ranks_per_node:
+            return self._curve_across_nodes(kind, size)
+        above = next((group for group in groups if group.size >= size), None)
+        if above is None or (size < groups[0].size):
+            raise HardwareError(
+                f"hardware {self.name}",
+                f"no {kind} curve for this group size",
+                got=size,
+                need=f"{groups[0].size} to {groups[-1].size}",
+            )
+        if above.size == size:
+            return above.line().seconds
+        below = groups[groups.index(above) - 1]
+        return between_sizes(size, below.size, below.line().seconds, above.size, above.line().seconds)
+
+    def _curve_across_nodes(self, kind: str, size: int) -> Curve:
+        if self.inter_node is None:
+            raise HardwareError(
+                f"hardware {self.name}",
+                "the group is larger than a node and the profile has no inter_node link",
+                got=size,
+                need=f"at most {self.ranks_per_node}",
+                remedy="Use a smaller tp, or a profile with inter_node.",
+            )
+        nodes = ceil(size / self.ranks_per_node)
+        local = ceil(size / nodes)
+        known: CollectiveKind = next(k for k in COLLECTIVE_KINDS if k == kind)
+        between = inter_node_s(known, nodes, local, self.inter_node.latency_s, self.inter_node.bytes_per_s_per_rank)
+        within = self._curve(kind, local)
+        return lambda nbytes: within(nbytes) + between(nbytes)
+
+
+def hardware_names() -> list[str]:
+    """Names of the profiles that ship with colrow, sorted."""
+    return sorted(entry.name.removesuffix(".json") for entry in _profiles().iterdir() if entry.name.endswith(".json"))
+
+
+def load_hardware(name_or_path: str) -> Hardware:
+    """Read and check a profile.
+
+    Args:
+        name_or_path: The name of a shipped profile, or the path of a JSON file (anything with a separator or ending
+            in ``.json``).
+
+    Raises:
+        HardwareError: The name is unknown (the known ones are listed), the file cannot be read, or a field is
+            missing, unknown or out of bounds (it is named).
+    """
+    if name_or_path.endswith(".json") or "/" in name_or_path or "\\" in name_or_path:
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise HardwareError(
+                name_or_path, f"cannot read the hardware profile ({type(error).__name__})", remedy=_known_names()
+            ) from error
+        return parse_hardware(text, where=name_or_path)
+    if name_or_path not in hardware_names():
+        raise HardwareError(
+            "hardware", "unknown profile", got=repr(name_or_path), need="a known name or a path", remedy=_known_names()
+        )
+    return _shipped(name_or_path)
+
+
+def parse_hardware(text: str, where: str) -> Hardware:
+    """Check the JSON text of a profile; ``where`` names it in errors (a path or a profile's name)."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise HardwareError(where, f"not valid JSON ({error})", remedy=PROFILE_REMEDY) from error
+    if not isinstance(content, dict):
+        raise HardwareError(where, "not a hardware profile", got=type(content).__name__, need="a JSON object")
+    if content.get("schema") != SCHEMA:
+        raise HardwareError(
+            f"{where}: schema",
+            "unknown version of a hardware profile",
+            got=repr(content.get("schema")),
+            need=repr(SCHEMA),
+            remedy=PROFILE_REMEDY,
+        )
+    try:
+        return Hardware.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "profile"
+        # For a missing field pydantic's input is the whole surrounding object: of no use in a message.
+        got = None if first["type"] == "missing" or isinstance(first["input"], dict) else repr(first["input"])
+        raise HardwareError(f"{where}: {field}", first["msg"], got=got, remedy=PROFILE_REMEDY) from error
+
+
+def _known_names() -> str:
+    return f"Known profiles: {', '.join(hardware_names())}."
+
+
+def _profiles() -> Traversable:
+    return resources.files(__package__) / "profiles"
+
+
+def _read_shipped(name: str) -> Hardware:
+    return parse_hardware((_profiles() / f"{name}.json").read_text(encoding="utf-8"), where=f"hardware {name}")
+
+
+_shipped: Callable[[str], Hardware] = lru_cache(maxsize=None)(_read_shipped)

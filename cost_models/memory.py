@@ -1,0 +1,99 @@
+"""Bytes on one rank, by kind. Sizes are of what the rank holds: shards, not whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+MasterWeights = Literal["same", "float32"]
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBytes:
+    """Bytes on one rank. Addition is per kind; `total` is the sum of all kinds.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: One per trained parameter.
+        optimizer: Optimiser state, master weights included.
+        activations: Saved for the backward pass, or the live set of a forward pass without one.
+        kv_cache: Keys and values of all layers.
+        workspace: Communication buffers, kernels' scratch space, allocator slack.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    kv_cache: int = 0
+    workspace: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum of all kinds, bytes."""
+        return sum(self.by_kind().values())
+
+    def by_kind(self) -> Mapping[str, int]:
+        """Kind -> bytes, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __add__(self, other: MemoryBytes) -> MemoryBytes:
+        mine, theirs = self.by_kind(), other.by_kind()
+        return MemoryBytes(**{kind: mine[kind] + theirs[kind] for kind in mine})
+
+
+def fits(memory: MemoryBytes, memory_gb: float) -> bool:
+    """Whether a rank's bytes fit ``memory_gb``, 1 GB = 1e9 bytes."""
+    return memory.total <= memory_gb * 1e9
+
+
+def gradient_bytes(numel: int, itemsize: int) -> int:
+    """Gradients of ``numel`` trained elements, in the parameters' dtype as autograd leaves them in ``.grad``."""
+    return numel * itemsize
+
+
+def adamw_bytes(numel: int, itemsize: int, master_weights: MasterWeights = "same") -> int:
+    """State AdamW keeps for ``numel`` trained elements: two moments, and a master copy if asked for.
+
+    - ``same``: ``torch.optim.AdamW`` on the parameters as they are. ``exp_avg`` and ``exp_avg_sq`` in the parameters'
+      dtype, no master copy: 2 * itemsize per element. (The step counter, 4 bytes a parameter tensor, is not counted.)
+    - ``float32``: mixed precision as in Megatron-LM and ZeRO. Two float32 moments, and a float32 master copy unless
+      the parameters are float32 or wider themselves: 12 bytes per 2-byte element, 8 per float32 one.
+
+    Source: I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2; S. Rajbhandari et
+    al., "ZeRO", SC 2020, section 3.1 (K = 12).
+    """
+    if master_weights == "same":
+        return 2 * itemsize * numel
+    moments = 2 * max(itemsize, FLOAT32_BYTES)
+    master = FLOAT32_BYTES if itemsize < FLOAT32_BYTES else 0
+    return (moments + master) * numel
+
+
+def training_bytes(numel: int, itemsize: int, master_weights: MasterWeights = "same") -> MemoryBytes:
+    """Weights, gradients and AdamW state of ``numel`` trained elements on this rank (`adamw_bytes`)."""
+    return MemoryBytes(
+        weights=numel * itemsize,
+        gradients=gradient_bytes(numel, itemsize),
+        optimizer=adamw_bytes(numel, itemsize, master_weights),
+    )
+
+
+def kv_cache_bytes(layers: int, batch: int, context: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Keys and values of ``context`` positions: ``2 * layers * batch * context * kv_heads * head_dim * itemsize``.
+
+    ``kv_heads`` are this rank's, replicated ones included. Source: R. Pope et al., "Efficiently Scaling Transformer
+    Inference", MLSys 2023, section 3.3.
+    """
+    return 2 * layers * batch * context * kv_heads * head_dim * itemsize
+
+
+def allreduce_workspace_bytes(largest_message_bytes: int) -> int:
+    """Buffers a step's collectives need beyond their operands: one output as large as the largest message.
+
+    The functional collectives return a new tensor, and messages of a step do not overlap.
+    """
+    return largest_message_bytes
