@@ -80,10 +80,12 @@ def example_inputs(
         inputs["decoder_input_ids"] = ids(min(tokens, _positions(config, "max_target_positions", tokens)))
     if "bbox" in accepted and "input_ids" in inputs:
         inputs["bbox"] = torch.zeros(*inputs["input_ids"].shape, 4, dtype=torch.long)
-    if phase == "prefill" and "logits_to_keep" in accepted:
+    if phase == "prefill" and "logits_to_keep" in accepted and not labels:  # a loss wants every token's logits
         inputs["logits_to_keep"] = 1
     if labels and "labels" in accepted:
         inputs["labels"] = _labels(model, config, inputs)
+    elif labels and "return_loss" in accepted:  # contrastive models: the batch is its own label
+        inputs["return_loss"] = True
     return inputs
 
 

@@ -14,7 +14,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from colrow.cost_models.errors import SourceError
 from .example_inputs import Phase, example_inputs, usable_seq
 from .head_class import head_class
 from .random_weights import randomize
+from .shrink import configs_in, small_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -149,8 +150,6 @@ def source_from_config(
         SourceError: The class cannot be found or built.
     """
     if small:
-        from .shrink import small_config
-
         config, checkpoint = small_config(config), None
     config = _without_cache(config)
     model_type = config.model_type
@@ -318,15 +317,6 @@ def _traceable(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if dtype is not torch.bfloat16 and set_implementation is not None:
         set_implementation("batched_mm")
     return model
-
-
-def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield ``config`` and its sub-configurations, outermost first."""
-    yield config
-    for key in config.sub_configs:
-        part = getattr(config, key, None)
-        if part is not None and part is not config:
-            yield from configs_in(part)
 
 
 def _copy(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,0 +1,289 @@
+"""The small version of a Hugging Face configuration: same structure, sizes a CPU runs in milliseconds.
+
+One set of rules on field names and the relations between values; no model is known by name. With three factors for a
+whole tree of sub-configurations
+
+    heads    n  -> n / h     h: the largest that keeps which counts the ranks divide, and query heads : kv heads
+    head dim x  -> x / d     d: the largest that leaves 8 or more of each, an even number of them rotary
+    widths   w  -> w / (h d) exactly, where w is a multiple of the hidden size or of heads times head dim
+
+products such as hidden = heads x head dim and sums such as qk = nope + rope survive division, and equal values stay
+equal, so fields that must agree need not be known to. Layers: one period of their pattern, or one of each kind.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .layer_pattern import keep_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SMALLEST_HEAD_DIM = 8
+UNTIED_HIDDEN = 128  # hidden size where heads x head dim does not fix it
+VOCAB = 512
+POSITIONS = 128
+WINDOW = 8  # below any sequence worth testing, so that the window cuts something
+EXPERTS, GROUPED_EXPERTS, EXPERT_GROUPS, TOP_K = 8, 16, 4, 2
+PATCHES = 4  # per side of an image
+
+HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "embedding_size")
+
+
+def small_config(config: PreTrainedConfig, *, divisible_by: int = 4) -> PreTrainedConfig:
+    """Return the small version of ``config``.
+
+    Args:
+        config: Any transformers configuration; not modified.
+        divisible_by: The largest group the small model is for. A head count or vocabulary that this divides is
+            replaced by one that it divides, any other by one that it does not; other dims stay multiples of 8 per rank
+            where they were.
+    """
+    config = copy.deepcopy(config)
+    parts = list(configs_in(config))
+    sizes = _Sizes.of(parts, divisible_by)
+    for part in parts:
+        keep_layers(part)
+        for name, value in list(vars(part).items()):
+            rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
+            if rule is not None:
+                _set(part, name, _each(value, partial(rule, sizes, part)))
+        _shrink_rotary(part, sizes)
+        _shrink_positions(part)
+        _shrink_experts(part, divisible_by)
+    _shrink_token_ids(parts)
+    return config
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The factors of the module docstring, fixed for a whole configuration tree."""
+
+    heads: Fraction
+    head_dim: Fraction
+    width: Fraction
+    unit: int
+
+    @staticmethod
+    def of(parts: Iterable[PreTrainedConfig], divisible_by: int) -> _Sizes:
+        parts = list(parts)
+        counts = {n for part in parts for n in _numbers(part, HEADS) if n > 1}
+        heads = _head_factor(counts, divisible_by)
+        dims = {(dim, _rotary_share(part)) for part in parts for dim in _head_dims(part)}
+        head_dim = _head_dim_factor(dims)
+        hidden = max((size for part in parts if (size := _hidden(part))), default=UNTIED_HIDDEN)
+        width = heads * head_dim
+        if not any(_is_tied(part) for part in parts):
+            width = max(width if counts else Fraction(0), Fraction(UNTIED_HIDDEN, hidden))
+        return _Sizes(heads, head_dim, min(width, Fraction(1)), 8 * divisible_by)
+
+
+def _head_factor(counts: set[int], divisible_by: int) -> Fraction:
+    """The smallest n'/n for all head counts that keeps their ratios and which of them ``divisible_by`` divides."""
+    if not counts:
+        return Fraction(1)
+    if len(counts) == 1:
+        (n,) = counts
+        smaller = divisible_by if n % divisible_by == 0 else divisible_by + n % divisible_by
+        return Fraction(min(n, smaller), n)
+
+    def keeps(h: int) -> bool:
+        return all(
+            n % h == 0 and n // h > 1 and (n // h % divisible_by == 0) == (n % divisible_by == 0) for n in counts
+        )
+
+    return Fraction(1, next(h for h in range(min(counts), 0, -1) if keeps(h)) if min(counts) > 1 else 1)
+
+
+def _head_dim_factor(dims: set[tuple[int, Fraction]]) -> Fraction:
+    """The smallest x'/x for all head dims (each with the share of it that is rotary)."""
+
+    def keeps(d: int, dim: int, rotary: Fraction) -> bool:
+        return dim % d == 0 and dim // d >= min(dim, SMALLEST_HEAD_DIM) and (rotary * (dim // d)) % 2 == 0
+
+    largest = max((dim for dim, _ in dims), default=1)
+    return Fraction(1, next((d for d in range(largest, 1, -1) if all(keeps(d, *dim) for dim in dims)), 1))
+
+
+def _shrink_width(sizes: _Sizes, part: PreTrainedConfig, width: int) -> int:
+    """A feature dim: in exact proportion if tied to the hidden size or the heads, else still a multiple as before."""
+    exact = width * sizes.width
+    if exact.denominator == 1 and any(base and width % base == 0 for base in (_hidden(part), _attention_width(part))):
+        return max(1, int(exact))
+    unit = next(u for u in (sizes.unit, 16, 8, 4, 2, 1) if width % u == 0)
+    return min(width, max(1, round(exact / unit)) * unit)
+
+
+def _shrink_vocab(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
+    return min(size, VOCAB + size % sizes.unit)
+
+
+def _scale_heads(sizes: _Sizes, part: PreTrainedConfig, count: int) -> int:
+    return max(1, int(count * sizes.heads))
+
+
+def _scale_head_dim(sizes: _Sizes, part: PreTrainedConfig, dim: int) -> int:
+    return max(1, int(dim * sizes.head_dim))
+
+
+def _shrink_image(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
+    """A few patches per side; models whose stages merge patches keep the size their windows fit."""
+    patch = getattr(part, "patch_size", None)
+    staged = any(isinstance(getattr(part, name, None), list | tuple) for name in ("depths", "hidden_sizes"))
+    return min(size, PATCHES * patch) if isinstance(patch, int) and not staged else size
+
+
+def _shrink_window(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
+    return min(size, WINDOW)
+
+
+# Field name -> rule; the first that matches decides, so what must not change stands first.
+Rule = Callable[[_Sizes, Any, int], int]
+KEPT = r"token|label|kernel|stride|state_size|conv_|bucket|chunk_size_feed|type_vocab|num_mel|patch_size|_fn$|^_|expand"
+HEADS = r"(^|_)n?_?heads?(_kv)?$|(^|_)heads?_(count|per)|^n_head|num_\w*heads$"
+HEAD_DIM = r"head_(dim|size)$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$"
+RULES: tuple[tuple[str, Rule], ...] = (
+    (KEPT, lambda sizes, part, value: value),
+    (r"vocab", _shrink_vocab),
+    (HEAD_DIM, _scale_head_dim),
+    (HEADS, _scale_heads),
+    (r"^image_size$", _shrink_image),
+    (r"^sliding_window$|^attention_chunk_size$|^attention_window$", _shrink_window),
+    (r"window|image|pool_size|group_size|num_|^n_(?!embd|inner|ctx)", lambda sizes, part, value: value),
+    (r"_sizes?$|_dims?$|^dim$|^d_|_rank$|_width$|^n_embd$|^n_inner$|_channels$", _shrink_width),
+)
+
+
+def configs_in(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """``config`` and its sub-configurations, outermost first."""
+    found = [config]
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if part is not None and part is not config:
+            found += configs_in(part)
+    return found
+
+
+def _shrink_rotary(part: PreTrainedConfig, sizes: _Sizes) -> None:
+    """Rotary parameters that are one per pair of features: sections are scaled, factors thinned out."""
+    for name in ("rope_parameters", "rope_scaling"):
+        for table in _tables(getattr(part, name, None)):
+            for key, value in table.items():
+                if isinstance(value, list) and all(isinstance(x, int) for x in value):
+                    table[key] = [int(x * sizes.head_dim) for x in value]
+                elif isinstance(value, list) and all(isinstance(x, int | float) for x in value):
+                    table[key] = value[: max(1, int(len(value) * sizes.head_dim))]
+
+
+def _tables(rope: Any) -> list[dict[str, Any]]:
+    """The rotary parameters, one table or one per layer type."""
+    if not isinstance(rope, dict):
+        return []
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _shrink_positions(part: PreTrainedConfig) -> None:
+    """Learned positions are weights; rotary ones are not, and their scaling is a relation between lengths."""
+    if getattr(part, "rope_parameters", None):
+        return
+    for name, value in list(vars(part).items()):
+        if re.search(r"position(s|_embeddings)$|^n_ctx$", name) and type(value) is int:
+            _set(part, name, min(value, POSITIONS))
+
+
+def _shrink_experts(part: PreTrainedConfig, divisible_by: int) -> None:
+    """Eight experts (four groups of four where they are grouped), two of them per token."""
+    groups = int(getattr(part, "n_group", None) or 1)
+    grouped = groups > 1
+    for name, value in list(vars(part).items()):
+        if type(value) is not int or re.search(r"shared|zero", name):
+            continue
+        if re.search(r"(^|_)experts$|^moe_num_experts$|^num_experts$", name) and value > 1:
+            _set(part, name, min(value, GROUPED_EXPERTS if grouped else max(EXPERTS, divisible_by)))
+        elif re.search(r"experts_per_tok|^(moe_|router_)?top_?k$|^moe_k$|num_selected_experts", name):
+            _set(part, name, min(value, TOP_K))
+        elif grouped and name == "n_group":
+            _set(part, name, min(value, EXPERT_GROUPS))
+        elif grouped and name == "topk_group":
+            _set(part, name, max(1, value * min(groups, EXPERT_GROUPS) // groups))
+
+
+def _shrink_token_ids(parts: list[PreTrainedConfig]) -> None:
+    """Move special tokens that fell outside the vocabulary to its end, different ids staying different."""
+    vocab = min((size for part in parts if type(size := getattr(part, "vocab_size", None)) is int), default=0)
+    moved: dict[int, int] = {}
+
+    def inside(token: int) -> int:
+        return token if token < vocab else moved.setdefault(token, vocab - 1 - len(moved))
+
+    for part in parts if vocab else ():
+        for name, value in list(vars(part).items()):
+            if re.search(r"token_(id|index)s?$", name):
+                _set(part, name, _each(value, inside))
+
+
+def _hidden(part: PreTrainedConfig) -> int | None:
+    return next((value for name in HIDDEN if type(value := getattr(part, name, None)) is int), None)
+
+
+def _query_heads(part: PreTrainedConfig) -> int:
+    return max(_numbers(part, HEADS), default=0)
+
+
+def _attention_width(part: PreTrainedConfig) -> int | None:
+    """Query heads times head dim, or None without attention."""
+    heads, dims = _query_heads(part), _head_dims(part)
+    return heads * max(dims) if heads and dims else None
+
+
+def _head_dims(part: PreTrainedConfig) -> set[int]:
+    """Head dims, given or the hidden size over the heads."""
+    given = {n for name in vars(part) if re.search(HEAD_DIM, name) for n in _ints(getattr(part, name)) if n > 1}
+    hidden, heads = _hidden(part), _query_heads(part)
+    return given or ({hidden // heads} if hidden and heads and hidden % heads == 0 else set())
+
+
+def _is_tied(part: PreTrainedConfig) -> bool:
+    """Whether heads x head dim fixes the hidden size."""
+    hidden, attention = _hidden(part), _attention_width(part)
+    return bool(hidden and attention and (hidden % attention == 0 or attention % hidden == 0))
+
+
+def _rotary_share(part: PreTrainedConfig) -> Fraction:
+    """The share of a head dim that is rotated; 1 where unknown, so that head dims stay even."""
+    tables = _tables(getattr(part, "rope_parameters", None))
+    shares: list[float] = [table.get("partial_rotary_factor", 1) for table in tables]
+    return Fraction(min(shares, default=1)).limit_denominator(64)
+
+
+def _numbers(part: PreTrainedConfig, pattern: str) -> list[int]:
+    names = [name for name in vars(part) if re.search(pattern, name) and not re.search(f"{KEPT}|{HEAD_DIM}", name)]
+    return [number for name in names for number in _ints(getattr(part, name))]
+
+
+def _ints(value: Any) -> list[int]:
+    numbers: list[int] = []
+    _each(value, lambda number: numbers.append(number) or number)  # type: ignore[func-returns-value]
+    return numbers
+
+
+def _each(value: Any, rule: Callable[[int], int]) -> Any:
+    """``rule`` on an integer or each of a list of them; everything else, None, 0 and -1 included, is left as it is."""
+    if type(value) is int:
+        return rule(value) if value > 0 else value
+    if isinstance(value, list | tuple):
+        return type(value)(_each(item, rule) for item in value)
+    return value
+
+
+def _set(part: PreTrainedConfig, name: str, value: Any) -> None:
+    if value != getattr(part, name):
+        setattr(part, name, value)
