@@ -7,13 +7,14 @@ call that made it, and a call is an expression in somebody's source.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 import torch.fx.traceback
 import torch.nn as nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 
 TAG = "colrow_call"
@@ -49,13 +50,19 @@ _SIZE = torch.Tensor.size
 
 @dataclass(frozen=True)
 class RawCall:
-    """One API call as it was seen: frames are ``(code, last instruction)`` from the module's forward inward."""
+    """One API call as it was seen.
+
+    Attributes:
+        module: The module whose forward runs.
+        frames: ``(code, last instruction)`` from that forward inward.
+        function: The API function.
+        leaves: Arguments and keyword arguments, flattened; a traced tensor as the FX node that made it.
+    """
 
     module: nn.Module | None
     frames: tuple[tuple[CodeType, int], ...]
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
+    leaves: tuple[Any, ...]
 
 
 class CallRecorder(TorchFunctionMode):
@@ -71,7 +78,7 @@ class CallRecorder(TorchFunctionMode):
             lengths = func(*args, **(kwargs or {}))
             return Measured(lengths) if isinstance(lengths, int) else torch.Size([Measured(n) for n in lengths])
         module, frames = _caller()
-        self.calls.append(RawCall(module, frames, func, tuple(args), dict(kwargs or {})))
+        self.calls.append(RawCall(module, frames, func, _leaves(args, kwargs or {})))
         meta = torch.fx.traceback.current_meta
         before = meta.get("custom")
         meta["custom"] = {**(before or {}), TAG: len(self.calls) - 1}
@@ -82,6 +89,31 @@ class CallRecorder(TorchFunctionMode):
                 del meta["custom"]
             else:
                 meta["custom"] = before
+
+
+def flat(tree: Any) -> Iterator[Any]:
+    """Leaves of nested tuples, lists, dicts and slices: the numbering that edits of a call use."""
+    if isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from flat(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from flat(item)
+    elif isinstance(tree, slice):
+        yield from (tree.start, tree.stop, tree.step)
+    else:
+        yield tree
+
+
+def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    mode = get_proxy_mode()
+    tracer = mode.tracer if mode is not None else None
+    return tuple(_made_by(leaf, tracer) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat((args, dict(kwargs))))
+
+
+def _made_by(tensor: torch.Tensor, tracer: Any) -> Any:
+    slot = get_proxy_slot(tensor, tracer, None) if tracer is not None else None
+    return slot.proxy.node if slot is not None else None
 
 
 def _caller() -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:

@@ -6,7 +6,7 @@ repetition; `Graph.blocks` says which node ranges are copies of which.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,16 +31,12 @@ class Call:
     Attributes:
         site: Module path and chain of frames.
         function: The API function's name.
-        arguments: Arguments as the API function received them, tensors as `Ref`.
-        keywords: Keyword arguments likewise.
-        is_method: The receiver is ``arguments[0]``.
+        leaves: Its arguments flattened, a receiver first; tensors as `Ref` (None where the trace did not see them made).
     """
 
     site: Site
     function: str
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    is_method: bool
+    leaves: tuple[Any, ...]
 
 
 @dataclass
@@ -59,6 +55,8 @@ class Node:
         fqn: Path of a leaf.
         module: Path of the innermost module whose forward made it.
         differentiable: A gradient may flow into it.
+        overload: Overload name.
+        template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced itself.
     """
 
     index: int
@@ -73,6 +71,11 @@ class Node:
     module: str = ""
     differentiable: bool = False
     overload: str = ""
+    template: int = -1
+
+    def __post_init__(self) -> None:
+        if self.template < 0:
+            self.template = self.index
 
     @property
     def operands(self) -> tuple[int, ...]:

@@ -148,22 +148,15 @@ class _Lifting:
             raw = self.raw_calls[tag]
             path = self.paths.get(id(raw.module), "") if raw.module is not None else ""
             frames = tuple(frame_of(code, lasti) for code, lasti in raw.frames)
-            by_proxy = self._resolve
             self.call_index[tag] = len(self.graph.calls)
-            self.graph.calls.append(
-                Call(
-                    Site(path, frames),
-                    getattr(raw.function, "__name__", str(raw.function)),
-                    pytree.tree_map(by_proxy, raw.arguments),
-                    pytree.tree_map(by_proxy, dict(raw.keywords)),
-                    type(raw.function).__name__ in ("method_descriptor", "method-wrapper", "wrapper_descriptor"),
-                )
-            )
+            name = getattr(raw.function, "__name__", str(raw.function))
+            self.graph.calls.append(Call(Site(path, frames), name, tuple(map(self._resolve, raw.leaves))))
         return self.call_index[tag]
 
     def _resolve(self, leaf: Any) -> Any:
-        """A recorded argument: plain values as they are; tensors are matched by the node's own operands later."""
-        return "<tensor>" if isinstance(leaf, Tensor) else leaf
+        """A recorded argument: tensors as the values they are."""
+        found = self.value.get(leaf) if isinstance(leaf, torch.fx.Node) else leaf
+        return found if not isinstance(found, list) else None
 
     def _block(self, node: torch.fx.Node) -> None:
         tensors, key, part = node.args
@@ -198,7 +191,8 @@ class _Lifting:
                 if outer.fqn and renamed(outer.fqn) != outer.fqn:
                     name = renamed(outer.fqn)
                     if name not in self.leaf_index:
-                        self._leaf(outer.op, name, outer.shape, outer.dtype)
+                        made = self._leaf(outer.op, name, outer.shape, outer.dtype)
+                        graph.nodes[made.index].template = outer.template
                     to[leaf.index] = self.leaf_index[name]
                 else:
                     to[leaf.index] = leaf.index
@@ -215,7 +209,8 @@ class _Lifting:
             if node.call >= 0 and node.call not in calls:
                 old = graph.calls[node.call]
                 calls[node.call] = len(graph.calls)
-                graph.calls.append(replace(old, site=Site(renamed(old.site.module), old.site.frames)))
+                site = Site(renamed(old.site.module), old.site.frames)
+                graph.calls.append(replace(old, site=site, leaves=tuple(map(moved, old.leaves))))
             is_ref = lambda x: isinstance(x, Ref)  # noqa: E731
             copied = replace(
                 node,
@@ -224,6 +219,7 @@ class _Lifting:
                 keywords=pytree.tree_map(moved, node.keywords, is_leaf=is_ref),
                 call=calls.get(node.call, -1),
                 module=renamed(node.module),
+                template=node.template,
             )
             to[node.index] = copied.index
             graph.nodes.append(copied)

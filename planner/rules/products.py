@@ -2,88 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from ..graph import Ref
 from ..placement import PARTIAL, WHOLE, Partial, Replicate, Shard
-from .base import Operation, Result, all_whole, contraction, rule
+from .base import RULES, Operation, Result, all_whole, contraction, rule, wrapped
 
 
-def _batch(shape: tuple[int, ...], out_rank: int, keep: int) -> list[str | None]:
-    """Labels of leading (batch) dims, aligned right; length-1 dims broadcast and carry none."""
-    lead = len(shape) - keep
-    offset = out_rank - len(shape)
-    return [f"b{offset + i}" if shape[i] != 1 else None for i in range(lead)]
+@dataclass(frozen=True)
+class Factors:
+    """A product in factor notation: labels per operand dim (None: never split), labels of the result, an added bias."""
+
+    operands: tuple[tuple[Ref, tuple[str | None, ...]], ...]
+    out: tuple[str | None, ...]
+    bias: Ref | None = None
+    bias_dim: int = -1
 
 
-def _with_bias(op: Operation, product: Result, bias: Ref | None) -> Result:
-    """A bias joins: split with the output's last dim, partial with a partial product, replicated otherwise."""
-    if bias is None or product is None:
+FACTORS: dict[str, Callable[[Operation], Factors | None]] = {}
+
+
+def factored(*names: str) -> Callable[[Callable[[Operation], Factors | None]], Callable[[Operation], Factors | None]]:
+    """Registers a notation and the rule derived from it; where it gives None, operands must be replicated."""
+
+    def register(function: Callable[[Operation], Factors | None]) -> Callable[[Operation], Factors | None]:
+        def derived(op: Operation) -> Result:
+            factors = function(op)
+            if factors is None:
+                return WHOLE if all_whole(op) else None
+            return _with_bias(op, contraction(op, factors.operands, factors.out), factors)
+
+        for name in names:
+            FACTORS[name] = function
+            RULES[name] = derived
+        return function
+
+    return register
+
+
+def _with_bias(op: Operation, product: Result, factors: Factors) -> Result:
+    """A bias joins: split with the dim it spans, partial with a partial product, replicated otherwise."""
+    if factors.bias is None or product is None:
         return product
-    placement = op.placement(bias)
+    placement = op.placement(factors.bias)
     match product:
         case Partial():
             return product if isinstance(placement, Partial) else None
-        case Shard(dim, layout) if dim == len(op.node.shape) - 1:
+        case Shard(dim, layout) if dim == wrapped(factors.bias_dim, len(op.node.shape)):
             return product if placement == Shard(0, layout) else None
         case _:
             return product if isinstance(placement, Replicate) else None
 
 
-@rule("linear")
-def linear(op: Operation) -> Result:
+def _batch(shape: tuple[int, ...], out_rank: int, keep: int) -> tuple[str | None, ...]:
+    """Labels of leading (batch) dims, aligned right; length-1 dims broadcast and carry none."""
+    lead = len(shape) - keep
+    offset = out_rank - len(shape)
+    return tuple(f"b{offset + i}" if shape[i] != 1 else None for i in range(lead))
+
+
+@factored("linear")
+def linear(op: Operation) -> Factors | None:
     """``... k, n k -> ... n``: column splits n, row splits k."""
-    x, weight, bias = op.argument(0), op.argument(1), op.argument(2, "bias")
-    lead = [f"b{i}" for i in range(len(op.shape(x)) - 1)]
-    return _with_bias(op, contraction(op, [(x, [*lead, "k"]), (weight, ["n", "k"])], [*lead, "n"]), bias)
+    x, weight = op.argument(0), op.argument(1)
+    lead = tuple(f"b{i}" for i in range(len(op.shape(x)) - 1))
+    return Factors(((x, (*lead, "k")), (weight, ("n", "k"))), (*lead, "n"), op.argument(2, "bias"))
 
 
-@rule("addmm")
-def addmm(op: Operation) -> Result:
+@factored("addmm")
+def addmm(op: Operation) -> Factors | None:
     """``n, m k, k n -> m n``: the bias comes first (Conv1D)."""
     bias, x, weight = op.argument(0), op.argument(1), op.argument(2)
     if len(op.shape(bias)) != 1 or op.node.keywords:
-        return WHOLE if all_whole(op) else None
-    return _with_bias(op, contraction(op, [(x, ["m", "k"]), (weight, ["k", "n"])], ["m", "n"]), bias)
+        return None
+    return Factors(((x, ("m", "k")), (weight, ("k", "n"))), ("m", "n"), bias)
 
 
-@rule("matmul", "mm", "bmm")
-def matmul(op: Operation) -> Result:
+@factored("matmul", "mm", "bmm")
+def matmul(op: Operation) -> Factors | None:
     """``... m k, ... k n -> ... m n`` with broadcast batch dims."""
     a, b = op.argument(0), op.argument(1)
     if a == b or len(op.shape(a)) < 2 or len(op.shape(b)) < 2:
-        return WHOLE if all_whole(op) else None
+        return None
     rank = max(len(op.shape(a)), len(op.shape(b)))
-    left = [*_batch(op.shape(a), rank, 2), "m", "k"]
-    right = [*_batch(op.shape(b), rank, 2), "k", "n"]
-    return contraction(op, [(a, left), (b, right)], [*(f"b{i}" for i in range(rank - 2)), "m", "n"])
+    left = (*_batch(op.shape(a), rank, 2), "m", "k")
+    right = (*_batch(op.shape(b), rank, 2), "k", "n")
+    return Factors(((a, left), (b, right)), (*(f"b{i}" for i in range(rank - 2)), "m", "n"))
 
 
-@rule("baddbmm")
-def baddbmm(op: Operation) -> Result:
+@factored("baddbmm")
+def baddbmm(op: Operation) -> Factors | None:
     """``(b m n), b m k, b k n -> b m n``: split by batch, which is where heads are."""
     added, a, b = op.argument(0), op.argument(1), op.argument(2)
-    labels = ["b" if op.shape(added)[0] != 1 else None, None, None]
-    made = contraction(op, [(added, labels), (a, ["b", None, None]), (b, ["b", None, None])], ["b", None, None])
-    return None if isinstance(made, Partial) else made
+    labels = ("b" if op.shape(added)[0] != 1 else None, None, None)
+    if any(isinstance(op.placement(t), Partial) for t in op.tensors):
+        return None
+    return Factors(((added, labels), (a, ("b", None, None)), (b, ("b", None, None))), ("b", None, None))
 
 
-@rule("_grouped_mm", "grouped_mm_fallback")
-def grouped_mm(op: Operation) -> Result:
+@factored("_grouped_mm", "grouped_mm_fallback")
+def grouped_mm(op: Operation) -> Factors | None:
     """``t k, e k n, e -> t n``: tokens sorted by expert; every expert split alike."""
     x, weight, offsets = op.argument(0), op.argument(1), op.argument(2, "offs")
     if len(op.shape(x)) != 2 or len(op.shape(weight)) != 3 or not isinstance(op.placement(offsets), Replicate):
-        return WHOLE if all_whole(op) else None
-    return contraction(op, [(x, [None, "k"]), (weight, [None, "k", "n"])], [None, "n"])
+        return None
+    return Factors(((x, (None, "k")), (weight, (None, "k", "n"))), (None, "n"))
 
 
-@rule("einsum")
-def einsum(op: Operation) -> Result:
+@factored("einsum")
+def einsum(op: Operation) -> Factors | None:
     """The equation is the rule."""
     equation, tensors = op.argument(0), op.argument(1)
     inputs, _, output = str(equation).replace(" ", "").partition("->")
-    terms = inputs.split(",")
     if "." in equation or not output or len({t.index for t in tensors}) != len(tensors):
-        return WHOLE if all_whole(op) else None
-    return contraction(op, list(zip(tensors, [list(t) for t in terms], strict=True)), list(output))
+        return None
+    return Factors(tuple(zip(tensors, map(tuple, inputs.split(",")), strict=True)), tuple(output))
+
+
+@factored("conv1d", "conv2d", "conv3d")
+def convolution(op: Operation) -> Factors | None:
+    """``b i ..., o i ... -> b o ...`` for one group."""
+    x, weight, groups = op.argument(0), op.argument(1), op.argument(6, "groups", 1)
+    rank = len(op.node.shape)
+    if groups != 1 or len(op.shape(x)) != rank or len(op.shape(weight)) != rank:
+        return None
+    spatial = (None,) * (rank - 2)
+    return Factors(((x, ("b", "i", *spatial)), (weight, ("o", "i", *spatial))), ("b", "o", *spatial), op.argument(2, "bias"), 1)
 
 
 @rule("scaled_dot_product_attention")
@@ -126,25 +171,3 @@ def embedding(op: Operation) -> Result:
         case Replicate(), Replicate():
             return WHOLE
     return None
-
-
-@rule("conv1d", "conv2d", "conv3d")
-def convolution(op: Operation) -> Result:
-    """``b i ..., o i ... -> b o ...`` for one group."""
-    x, weight, bias, groups = op.argument(0), op.argument(1), op.argument(2, "bias"), op.argument(6, "groups", 1)
-    if groups != 1:
-        return WHOLE if all_whole(op) else None
-    rank = len(op.node.shape)
-    if len(op.shape(x)) != rank or len(op.shape(weight)) != rank:
-        return WHOLE if all_whole(op) else None
-    spatial: list[str | None] = [None] * (rank - 2)
-    made = contraction(op, [(x, ["b", "i", *spatial]), (weight, ["o", "i", *spatial])], ["b", "o", *spatial])
-    if bias is None or made is None:
-        return made
-    match made:
-        case Partial():
-            return made if isinstance(op.placement(bias), Partial) else None
-        case Shard(1, layout):
-            return made if op.placement(bias) == Shard(0, layout) else None
-        case _:
-            return made if isinstance(op.placement(bias), Replicate) else None
