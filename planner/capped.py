@@ -5,31 +5,34 @@
     optimum        elimination over (cost, bytes) labels, or HiGHS with one more row                    _labelled, _ilp
 
 Each L(l) is an ordinary solve, with the groups folded. The price is chosen as the slope between the cheapest assignment
-known that does not fit and the cheapest that does (Handler and Zang, Networks 10, 1980), which converges in a few steps to
-the best bound; often the two meet and nothing remains to be done. Prices are dyadic fractions and every product is rounded
-down, so all of it stays in integers and below the optimum.
+known that does not fit and the cheapest that does (Handler and Zang, Networks 10, 1980), which converges in a few steps
+to the best bound; often the two meet and nothing remains to be done. Prices are dyadic fractions and every product is
+rounded down, so all of it stays in integers and below the optimum.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import floor, log2
 
 import numpy as np
 
 from colrow.cost_models.errors import ColrowError, Infeasible, MemoryCapError
 
+from .completions import complete
 from .elimination import decode, eliminate
 from .factor_graph import INFEASIBLE, Factor, Problem, Solution, Table, evaluate, intern_tables, memory_of
 from .group_folding import Graph, as_terms, fold, unfold
 from .labels import LabelTables, TooManyLabels
 from .milp import solve_ilp
 from .ordering import schedule
-from .presolve import reduce_domains
+from .presolve import ascending, reduce_domains
 from .uncapped import solve_uncapped
 
 _LABEL_ENTRIES = 1 << 20  # entries of a joined label table; more means HiGHS
-_PRICE_BITS = 24  # of a price: enough to tell 0.1 ppm, few enough that price times bytes fits int64 below 256 GB
+_PRICE_BITS = 24  # of a price: 0.1 ppm; fewer where price times cap would not fit int64
+_BEAMS = (1 << 10, 1 << 14, 1 << 18)  # labels per join: a first pass finds good solutions, the next prove them
 _PRICE_STEPS = 60  # Handler and Zang's iteration ends by itself; this only bounds it
 
 
@@ -41,6 +44,8 @@ class _Best:
     cost: int
     lower_bound: int
     method: str
+    price: Fraction  # of a byte in picoseconds, where the Lagrangian bound was best
+    priced_bound: int  # that bound
 
 
 def solve_capped(
@@ -62,9 +67,13 @@ def solve_capped(
     best = _price_memory(problem, cheapest, least, max_table_entries, time_limit_s)
     if best.lower_bound < best.cost:
         try:
-            best = _labelled(problem, best, max_table_entries)
+            for beam in _BEAMS:
+                if best.lower_bound < best.cost:
+                    best = _labelled(problem, best, max_table_entries, beam)
         except TooManyLabels:
-            best = _ilp(problem, best, time_limit_s)
+            pass
+    if best.lower_bound < best.cost and time_limit_s != 0:
+        best = _ilp(problem, best, time_limit_s)
     if not best.assignment:
         raise Infeasible("solver", "no assignment within the memory cap was found in time", got=problem.memory_cap)
     proven = best.lower_bound == best.cost
@@ -105,37 +114,39 @@ def _price_memory(
     cap = _cap(problem)
     bound = cheapest.lower_bound
     if least.memory > cap:
-        return _Best((), INFEASIBLE, bound, "lagrangian")
+        return _Best((), INFEASIBLE, bound, "lagrangian", Fraction(0), bound)
+    best_price, priced_bound = Fraction(0), bound
     best, cost = least.assignment, evaluate(problem, least.assignment)
     over, under = (cheapest.cost, cheapest.memory), (cost, least.memory)
     for _ in range(_PRICE_STEPS):
         if under[0] <= over[0]:
             break  # dearer and heavier: only an unproven uncapped solution can be
         price = Fraction(under[0] - over[0], over[1] - under[1])
-        priced = _priced(problem, price)
+        priced = _priced(problem, price, cap)
         if priced is None:
             break
         factors, price = priced
         found = solve_uncapped(replace(problem, factors=problem.factors + factors), max_table_entries, time_limit_s)
         raised = found.lower_bound - price.numerator * cap // price.denominator
         progress = raised > bound
-        bound = max(bound, raised)
+        if progress:
+            bound = priced_bound = raised
+            best_price = price
         point = (evaluate(problem, found.assignment), found.memory)
         if point[1] <= cap and point[0] < cost:
             best, cost, progress = found.assignment, point[0], True
         if bound >= cost or not progress or point in (over, under):
             break
         over, under = (over, point) if point[1] <= cap else (point, under)
-    return _Best(best, cost, min(bound, cost), "lagrangian")
+    return _Best(best, cost, min(bound, cost), "lagrangian", best_price, priced_bound)
 
 
-def _priced(problem: Problem, price: Fraction) -> tuple[tuple[Factor, ...], Fraction] | None:
+def _priced(problem: Problem, price: Fraction, cap: int) -> tuple[tuple[Factor, ...], Fraction] | None:
     """Memory as picoseconds at ``price`` per byte, and the price after rounding; None if it leaves the number range."""
-    shift = _PRICE_BITS - (price.numerator // price.denominator).bit_length()
-    if price < 1:
-        shift += (price.denominator // price.numerator).bit_length() - 1
-    scaled = int(price * (1 << shift)) if shift >= 0 else int(price / (1 << -shift))
-    rounded = Fraction(scaled << max(0, -shift), 1 << max(0, shift))
+    most = abs(cap) + sum(int(np.abs(factor.table).max(initial=0)) for factor in problem.memory)
+    bits = min(_PRICE_BITS, 61 - most.bit_length())
+    shift = bits - 1 - floor(log2(price))
+    rounded = Fraction(floor(price * Fraction(2) ** shift)) / Fraction(2) ** shift
     tables: dict[int, Table] = {}
     reach = 0
     for factor in (*problem.factors, *problem.memory):
@@ -160,41 +171,44 @@ def _graph(problem: Problem) -> tuple[Graph, int, int]:
     return Graph(problem.sizes, (*costs, *memories), len(costs), problem.groups), cost_offset, memory_offset
 
 
-def _labelled(problem: Problem, best: _Best, max_table_entries: int) -> _Best:
-    """Elimination over labels cheaper than the best known solution; none left proves that one optimal."""
+def _labelled(problem: Problem, best: _Best, max_table_entries: int, beam: int) -> _Best:
+    """Elimination over the ``beam`` most promising labels; the bound says what the others could still hide."""
     graph, cost_offset, memory_offset = _graph(problem)
-    algebra = LabelTables(best.cost - 1 - cost_offset, _cap(problem) - memory_offset)
+    inside = LabelTables(best.price, _cap(problem) - memory_offset, best.cost - 1, beam, best.priced_bound)
     limit = min(max_table_entries, _LABEL_ENTRIES)
-    folded = fold(graph, algebra, limit)
-    algebra = LabelTables(algebra.most_cost - folded.cost_offset, algebra.most_memory - folded.memory_offset)
-    tables = [(term.scope, algebra.lift(term)) for term in folded.terms]
+    folded = fold(graph, inside, limit)
+    cost_offset += folded.cost_offset
+    cap = inside.most_memory - folded.memory_offset
+    outside = LabelTables(best.price, cap, best.cost - 1 - cost_offset, beam, 0)
+    tables = [(term.scope, outside.lift(term)) for term in folded.terms]
     first_message = len(tables)
     tables += [(scope, table) for _, _, scope, table in folded.messages]
-    outside = [v for v in range(len(problem.sizes)) if v not in folded.interior]
-    order = schedule([scope for scope, _ in tables], problem.sizes, outside, limit)
+    variables = [v for v in range(len(problem.sizes)) if v not in folded.interior]
+    order = schedule([scope for scope, _ in tables], problem.sizes, variables, limit)
     if order.remaining:
         raise TooManyLabels
-    eliminated = eliminate(algebra, problem.sizes, tables, order)
-    constants = [((), table) for _, _, table in eliminated.leftovers]
-    front, origin = algebra.join(problem.sizes, (), None, constants)
-    if not front.cost.size:
-        return replace(best, lower_bound=best.cost)
-    chosen = {
-        number: int(parent[0]) for (number, _, _), parent in zip(eliminated.leftovers, origin.parents, strict=True)
-    }
-    assignment = dict.fromkeys(outside, 0)
-    decode(algebra, eliminated, assignment, chosen)
-    inside: list[dict[int, int]] = [{} for _ in folded.instances]
-    for position, (instance, number, _, _) in enumerate(folded.messages):
-        inside[instance][number] = chosen[first_message + position]
-    for labels, folded_group in zip(inside, folded.instances, strict=True):
-        unfold(algebra, folded_group, assignment, labels)
+    priced = [ascending(scope, table.least(outside.priced(table.cost, table.memory))) for scope, table in tables]
+    lightest = [ascending(scope, table.least(table.memory)) for scope, table in tables]
+    outside.rest = (complete(problem.sizes, priced, order), complete(problem.sizes, lightest, order))
+    eliminated = eliminate(outside, problem.sizes, tables, order)
+    costs, _, parents = outside.front([table for _, _, table in eliminated.leftovers])
+    lost = min(inside.lost, outside.lost + cost_offset)
+    if not costs.size:
+        return replace(best, lower_bound=max(best.lower_bound, min(best.cost, lost)))
+    chosen = {number: int(parent[0]) for (number, _, _), parent in zip(eliminated.leftovers, parents, strict=True)}
+    assignment = dict.fromkeys(variables, 0)
+    decode(outside, eliminated, assignment, chosen)
+    labels: list[dict[int, int]] = [{} for _ in folded.instances]
+    for position, (group, number, _, _) in enumerate(folded.messages):
+        labels[group][number] = chosen[first_message + position]
+    for group_labels, instance in zip(labels, folded.instances, strict=True):
+        unfold(inside, instance, assignment, group_labels)
     result = tuple([assignment[v] for v in range(len(problem.sizes))])
-    bound = int(front.cost[0]) + cost_offset + folded.cost_offset
     cost = evaluate(problem, result)
-    if cost != bound or memory_of(problem, result) > _cap(problem):
-        raise ColrowError("solver", "the assignment's price contradicts its label", got=cost, need=bound)
-    return _Best(result, cost, bound, "labels")
+    if cost != int(costs[0]) + cost_offset or memory_of(problem, result) > _cap(problem):
+        raise ColrowError("solver", "the assignment's price contradicts its label", got=cost, need=int(costs[0]))
+    bound = max(best.lower_bound, min(cost, lost))
+    return replace(best, assignment=result, cost=cost, lower_bound=bound, method="labels")
 
 
 def _ilp(problem: Problem, best: _Best, time_limit_s: float | None) -> _Best:
@@ -212,5 +226,5 @@ def _ilp(problem: Problem, best: _Best, time_limit_s: float | None) -> _Best:
         assignment = tuple([int(reduced.kept[v][values.get(v, 0)]) for v in everything])
         cost = evaluate(problem, assignment)
         if memory_of(problem, assignment) <= _cap(problem) and cost < best.cost:
-            best = _Best(assignment, cost, bound, "ilp")
+            best = replace(best, assignment=assignment, cost=cost, method="ilp")
     return replace(best, lower_bound=min(bound, best.cost))

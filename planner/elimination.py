@@ -81,6 +81,16 @@ def broadcast_index(scope: Sequence[int], table_scope: Sequence[int]) -> tuple[s
     return tuple([slice(None) if v in table_scope else None for v in scope])
 
 
+def aligned(step: Step, tables: Sequence[tuple[tuple[int, ...], Table]]) -> list[Table]:
+    """Tables (scopes ascending, each with the step's variable) as broadcastable over its scope, its variable last."""
+    parts = []
+    for scope, table in tables:
+        axis = scope.index(step.variable)
+        order = (*range(axis), *range(axis + 1, len(scope)), axis)
+        parts.append(table.transpose(order)[(*broadcast_index(step.scope, scope), slice(None))])
+    return parts
+
+
 class MinPlus:
     """Tables are int64 arrays with values in ``[0, INFEASIBLE]``."""
 
@@ -92,19 +102,15 @@ class MinPlus:
         self, sizes: Sequence[int], step: Step, inputs: Sequence[tuple[tuple[int, ...], Table]]
     ) -> tuple[Table, npt.NDArray[np.int32]]:
         """Minimum and least minimiser over the step's variable."""
-        aligned = []
-        for scope, table in inputs:
-            axis = scope.index(step.variable)
-            order = (*range(axis), *range(axis + 1, len(scope)), axis)
-            aligned.append(table.transpose(order)[(*broadcast_index(step.scope, scope), slice(None))])
+        parts = aligned(step, inputs)
         values, shape = sizes[step.variable], [sizes[v] for v in step.scope]
         if values * int(np.prod(shape)) <= _IN_ONE_PIECE:
-            joined = _sum([*aligned, np.zeros((*shape, values), np.int64)] if len(aligned) == 1 else aligned)
+            joined = saturating_sum(parts)
             return np.asarray(joined.min(axis=-1)), np.asarray(joined.argmin(axis=-1)).astype(np.int32)
         best = np.full(shape, INFEASIBLE, np.int64)
         argument = np.zeros(shape, np.int32)
         for value in range(values):
-            joined = _sum([table[..., value] for table in aligned])
+            joined = saturating_sum([table[..., value] for table in parts])
             better = joined < best
             np.minimum(best, joined, out=best)
             np.copyto(argument, np.int32(value), where=better)
@@ -115,7 +121,7 @@ class MinPlus:
         assignment[step.variable] = back.item(*[assignment[v] for v in step.scope])
 
 
-def _sum(tables: Sequence[Table]) -> Table:
+def saturating_sum(tables: Sequence[Table]) -> Table:
     """Saturating sum of broadcastable tables, small ones first."""
     ordered = sorted(tables, key=lambda table: table.size)
     total = ordered[0]
