@@ -1,0 +1,369 @@
+"""Stage 4: graph -> discrete problem. One variable per value, one table per operator.
+
+Variables: the stored placement of every value; tied parameters share one; per block one flag "some replicated parameter here has a partial
+gradient", which pays the latency of the block's one parameter reduction. Tables: `strategies.tabulate` per operator; parameters' prices;
+model outputs are whole. Equal operators share one table object, which is what lets the solver eliminate equal blocks once.
+
+Weights are split (DESIGN section 3, "the space"): a weight that could be split pays `REPLICATION_PENALTY_PS` for staying replicated, which no
+time outweighs, so it does so only if no legal split exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from .candidates import Candidates, candidates
+from .factor_graph import INFEASIBLE, Factor, Problem, Table
+from .graph import Graph, Node, Ref
+from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
+from .pricing import VIEWS, Pricing
+from .roles import SMALL_SHARE, BlockOf, Weight, canonical, label_of, outer_blocks, weights
+from .strategies import Choices, Domain, Setting, Stored, is_leaf, reads, slice_options, tabulate
+
+REPLICATION_PENALTY_PS = 1 << 48
+
+
+@dataclass
+class Formulation:
+    """A problem and what its variables mean.
+
+    Attributes:
+        graph: The traced model.
+        pricing: The workload's prices.
+        variable: Node -> variable.
+        domains: Variable -> stored placements (empty for flags).
+        settings: What each operator allows.
+        slices: Per operator, the splits its readers may cut.
+        weights: Weights of products and embeddings, by canonical node.
+        penalised: Variables of weights that pay for staying replicated.
+        problem: What the solver gets.
+    """
+
+    graph: Graph
+    pricing: Pricing
+    variable: list[int]
+    domains: list[Domain]
+    settings: list[Setting]
+    slices: list[list[list[Shard]]]
+    weights: dict[int, Weight]
+    penalised: set[int]
+    flags: dict[str, int]
+    reasons: dict[int, str] = field(default_factory=dict)
+    problem: Problem = field(default_factory=lambda: Problem((), ()))
+
+    def domain(self, index: int) -> Domain:
+        """Stored placements of a node's value."""
+        return self.domains[self.variable[index]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        replicate: ``never`` or ``auto`` (pure time).
+        pin: fnmatch pattern of a parameter or module path -> placement word.
+        memory_cap: Bytes per rank for what the memory factors count.
+        editable: Reason why a call site cannot be edited; None if it can.
+        frozen: Sites (module, frames) that must not be edited.
+    """
+
+    replicate: str = "never"
+    pin: Mapping[str, str] = field(default_factory=dict)
+    memory_cap: int | None = None
+    editable: Callable[[tuple[object, ...]], str | None] = lambda frames: None
+    frozen: frozenset[object] = frozenset()
+
+
+def formulate(graph: Graph, pricing: Pricing, options: Options, memory: Callable[[Node, Stored], int] | None = None) -> Formulation:
+    """Builds the problem; ``memory`` gives the bytes of a value stored in a placement."""
+    builder = _Builder(graph, pricing, options)
+    return builder.run(memory)
+
+
+class _Builder:
+    """The state of one formulation; `run` is its only entry."""
+
+    def __init__(self, graph: Graph, pricing: Pricing, options: Options) -> None:
+        self.graph, self.pricing, self.options = graph, pricing, options
+        self.users = graph.users()
+        self.same = canonical(graph)
+        self.weights = weights(graph)
+        self.found: Candidates = candidates(graph, pricing.ranks)
+        self.block_of = BlockOf(graph)
+        self.memo: dict[object, tuple[Choices, Table]] = {}
+        self.domain_ids: dict[Domain, int] = {}
+        self.unary: dict[object, Table] = {}
+        self.factors: list[Factor] = []
+        self.out = Formulation(graph, pricing, [-1] * len(graph.nodes), [], [], [], self.weights, set(), {})
+        self.call_nodes: dict[int, list[int]] = {}
+        for node in graph.nodes:
+            if node.call >= 0:
+                self.call_nodes.setdefault(node.call, []).append(node.index)
+        self.shared_sites = _shared_sites(graph)
+
+    def run(self, memory: Callable[[Node, Stored], int] | None) -> Formulation:
+        graph, out = self.graph, self.out
+        for node in graph.nodes:
+            if is_leaf(node):
+                self._leaf(node)
+                out.settings.append(Setting(False, ()))
+                out.slices.append([])
+            else:
+                self._operator(node)
+        self._outputs()
+        self._same_site_same_choice()
+        factors = tuple(self.factors)
+        bytes_of = tuple(self._memory(memory)) if memory is not None else ()
+        sizes = tuple(len(d) or 2 for d in out.domains)
+        out.problem = Problem(sizes, factors, self._groups(), bytes_of, self.options.memory_cap)
+        return out
+
+    def _new(self, domain: Domain) -> int:
+        self.out.domains.append(domain)
+        return len(self.out.domains) - 1
+
+    def _leaf(self, node: Node) -> None:
+        root = self.same.get(node.index, node.index)
+        if root != node.index and self.out.variable[root] >= 0:
+            self.out.variable[node.index] = self.out.variable[root]
+            return
+        if node.op == "parameter":
+            self._parameter(node)
+            return
+        domain: Domain = (PARTIAL_GRAD,) if node.op == "input" and node.differentiable else (WHOLE,)
+        self.out.variable[node.index] = self._new(domain)
+
+    def _parameter(self, node: Node) -> None:
+        weight = self.weights.get(self.same[node.index])
+        splits = [s for s in self.found.of(node) if s.layout.local < s.layout.size]
+        pinned = self._pinned(node, weight, splits)
+        wholes: list[Stored] = [WHOLE, *([PARTIAL_GRAD] if node.differentiable else [])]
+        penalty = 0
+        if pinned is not None:
+            domain: Domain = tuple(pinned)
+            self.out.reasons[node.index] = "pinned"
+        elif weight is not None and splits:
+            domain = (*splits, *wholes)
+            if self.options.replicate == "never" and weight.share >= SMALL_SHARE:
+                penalty = REPLICATION_PENALTY_PS
+        else:
+            domain = (*wholes, *splits)
+            if weight is not None:
+                self.out.reasons[node.index] = "no dim of it can be cut for this many ranks"
+        variable = self._new(domain)
+        self.out.variable[node.index] = variable
+        if penalty:
+            self.out.penalised.add(variable)
+        partial = PARTIAL_GRAD in domain
+        flag = self._flag(self.block_of(node.fqn)) if partial else -1
+        cost = self._beta(node.nbytes) if partial else 0
+        if penalty or cost:
+            key = ("parameter", penalty, cost, self._id(domain))
+            if key not in self.unary:
+                column = [penalty * isinstance(s, Replicate) + cost * (s == PARTIAL_GRAD) for s in domain]
+                self.unary[key] = np.array(column, dtype=np.int64)
+            self.factors.append(Factor((variable,), self.unary[key]))
+        if partial:
+            key = ("flag", self._id(domain))
+            if key not in self.unary:
+                table = np.zeros((len(domain), 2), dtype=np.int64)
+                table[[i for i, s in enumerate(domain) if s == PARTIAL_GRAD], 0] = INFEASIBLE
+                self.unary[key] = table
+            self.factors.append(Factor((variable, flag), self.unary[key]))
+
+    def _pinned(self, node: Node, weight: Weight | None, splits: Sequence[Shard]) -> list[Stored] | None:
+        names = [node.fqn, node.fqn.removesuffix(".weight"), node.fqn.rpartition(".")[0]]
+        for pattern, word in self.options.pin.items():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                continue
+            if word == "replicated":
+                return [WHOLE, *([PARTIAL_GRAD] if node.differentiable else [])]
+            if weight is None:
+                continue
+            fitting: list[Stored] = [s for s in splits if word in self._words(weight, node, s)]
+            if fitting:
+                return fitting
+        return None
+
+    def _words(self, weight: Weight, node: Node, shard: Shard) -> set[str]:
+        words = set()
+        for reader in weight.readers:
+            product = self.graph.nodes[reader]
+            direct = next((i for i in product.operands if self.same.get(i, i) == self.same.get(node.index, node.index)), None)
+            words.add(label_of(self.graph, product, direct, shard.dim) if direct is not None else ("column", "row")[shard.dim])
+        return words | ({"vocab"} if "column" in words else set())
+
+    def _flag(self, block: str) -> int:
+        if block not in self.out.flags:
+            variable = self._new(())
+            self.out.flags[block] = variable
+            latency = self._alpha()
+            if latency:
+                self.unary.setdefault("alpha", np.array([0, latency], dtype=np.int64))
+                self.factors.append(Factor((variable,), self.unary["alpha"]))
+        return self.out.flags[block]
+
+    def _alpha(self) -> int:
+        return self._weighed_backward(self.pricing.collective("all_reduce", 1))
+
+    def _beta(self, nbytes: int) -> int:
+        return parameter_gradient_ps(self.pricing, nbytes, self._weighed_backward)
+
+    def _weighed_backward(self, backward_ps: int) -> int:
+        from .pricing import Cost
+
+        return self.pricing.weighed(Cost(0, backward_ps))
+
+    def _operator(self, node: Node) -> None:
+        operands = reads(node)
+        setting = self._setting(node, operands)
+        domains = [self.out.domain(i) for i in operands]
+        key = (
+            node.op, node.shape, node.dtype, node.outputs, node.differentiable, setting, tuple(map(self._id, domains)),
+            _relative((node.arguments, node.keywords), {index: at for at, index in enumerate(operands)}),
+            tuple((self.graph.nodes[i].shape, self.graph.nodes[i].dtype, self.graph.nodes[i].differentiable, self.graph.nodes[i].op == "parameter") for i in operands),
+        )  # fmt: skip
+        slices = slice_options(self.graph, node, domains) if any(setting.convertible) else [[] for _ in operands]
+        if key not in self.memo:
+            made = tabulate(self.graph, node, domains, setting, self.pricing, slices)
+            self.memo[key] = (made, made.table)
+        made, table = self.memo[key]
+        variable = self._new(made.domain)
+        self.out.variable[node.index] = variable
+        self.out.settings.append(setting)
+        self.out.slices.append(slices)
+        variables = tuple(self.out.variable[i] for i in operands)
+        if len(set(variables)) < len(variables):  # tied operands: the diagonal
+            table, variables = _diagonal(table, variables)
+        if table.any():
+            self.factors.append(Factor((*variables, variable), table))
+        elif not made.domain:
+            raise AssertionError(f"{node.op} of {node.module} has no placement")
+
+    def _setting(self, node: Node, operands: tuple[int, ...]) -> Setting:
+        movable, editable = False, False
+        if node.call >= 0:
+            call = self.graph.calls[node.call]
+            site = (call.site.module, call.site.frames)
+            editable = bool(call.site.frames) and site not in self.options.frozen and self.options.editable(call.site.frames) is None
+            movable = editable and node.index == self.call_nodes[node.call][-1]
+        convertible = tuple(self._convertible(node, i, editable) for i in operands)
+        return Setting(movable, convertible)
+
+    def _convertible(self, node: Node, operand: int, editable: bool) -> bool:
+        value = self.graph.nodes[operand]
+        if value.op == "parameter":
+            return len(self.users[operand]) == 1 and self.same[operand] == operand and operand not in self.weights
+        if not editable or node.op in VIEWS:
+            return False
+        call = self.graph.calls[node.call]
+        inside = [n for n in self.call_nodes[node.call] if operand in self.graph.nodes[n].operands]
+        return inside == [node.index] and Ref(operand) in call.leaves
+
+    def _id(self, domain: Domain) -> int:
+        return self.domain_ids.setdefault(domain, len(self.domain_ids))
+
+    def _outputs(self) -> None:
+        for index in dict.fromkeys(self.graph.outputs):
+            variable = self.out.variable[index]
+            domain = self.out.domains[variable]
+            table = np.array([0 if s == WHOLE else INFEASIBLE for s in domain], dtype=np.int64)
+            if not (table == 0).any():
+                table = np.array([0 if isinstance(s, Replicate) else INFEASIBLE for s in domain], dtype=np.int64)
+            self.factors.append(Factor((variable,), table))
+
+    def _same_site_same_choice(self) -> None:
+        """Several calls of one site share one edit, so their results are stored alike."""
+        for group in self.shared_sites:
+            for a, b in zip(group, group[1:], strict=False):
+                va, vb = self.out.variable[a], self.out.variable[b]
+                da, db = self.out.domains[va], self.out.domains[vb]
+                if va == vb or (len(da) == len(db) == 1):
+                    continue
+                same = [[0 if _alike(x, y) else INFEASIBLE for y in db] for x in da]
+                table = np.array(same, dtype=np.int64)
+                if (table == 0).any():
+                    self.factors.append(Factor((va, vb), table))
+
+    def _memory(self, memory: Callable[[Node, Stored], int]) -> list[Factor]:
+        factors = []
+        for node in self.graph.nodes:
+            if self.same.get(node.index, node.index) != node.index:
+                continue
+            variable = self.out.variable[node.index]
+            column = np.array([memory(node, s) for s in self.out.domains[variable]], dtype=np.int64)
+            if column.any():
+                factors.append(Factor((variable,), column))
+        return factors
+
+    def _groups(self) -> tuple[tuple[int, ...], ...]:
+        graph, paths = self.graph, set(outer_blocks(self.graph))
+        members: dict[str, list[int]] = {path: [] for path in paths}
+        outside: set[int] = set()
+        for node in graph.nodes:
+            block = self.block_of(node.fqn or node.module)
+            for operand in node.operands:
+                value = graph.nodes[operand]
+                if self.block_of(value.fqn or value.module) != block:
+                    outside.add(self.out.variable[operand])
+        for index in graph.outputs:
+            outside.add(self.out.variable[index])
+        for node in graph.nodes:
+            block = self.block_of(node.fqn or node.module)
+            if block and self.out.variable[node.index] not in outside:
+                members[block].append(self.out.variable[node.index])
+        for block, flag in self.out.flags.items():
+            if block:
+                members[block].append(flag)
+        return tuple(tuple(dict.fromkeys(group)) for group in members.values() if group)
+
+
+def parameter_gradient_ps(pricing: Pricing, nbytes: int, weigh: Callable[[int], int]) -> int:
+    """What ``nbytes`` add to a block's one parameter reduction: the slope of its line between 1 byte and 1 MiB."""
+    line = pricing.collective("all_reduce", 1 << 20) - pricing.collective("all_reduce", 1)
+    return weigh(line * nbytes >> 20)
+
+
+def _alike(a: Stored, b: Stored) -> bool:
+    if isinstance(a, Shard) and isinstance(b, Shard):
+        return a.dim == b.dim and a.layout.size == b.layout.size and a.layout == b.layout or (a.dim == b.dim and a.layout.size != b.layout.size)
+    return a == b
+
+
+def _shared_sites(graph: Graph) -> list[list[int]]:
+    """Groups of nodes that one call expression made in several calls."""
+    calls: dict[object, list[int]] = {}
+    for index, call in enumerate(graph.calls):
+        calls.setdefault((call.site.module, call.site.frames), []).append(index)
+    nodes: dict[int, list[int]] = {}
+    for node in graph.nodes:
+        nodes.setdefault(node.call, []).append(node.index)
+    groups = []
+    for same in calls.values():
+        made = [nodes[c][-1] for c in same if c in nodes]
+        if len(made) > 1:
+            groups.append(made)
+    return groups
+
+
+def _relative(tree: object, at: dict[int, int]) -> object:
+    """Arguments as a hashable key, operands by position."""
+    if isinstance(tree, Ref):
+        return ("ref", at[tree.index])
+    if isinstance(tree, (tuple, list)):
+        return tuple(_relative(item, at) for item in tree)
+    if isinstance(tree, dict):
+        return tuple((k, _relative(v, at)) for k, v in tree.items())
+    return (type(tree).__name__, tree) if isinstance(tree, (int, float, str, bool)) else str(tree)
+
+
+def _diagonal(table: Table, variables: tuple[int, ...]) -> tuple[Table, tuple[int, ...]]:
+    letters = {v: chr(97 + i) for i, v in enumerate(dict.fromkeys(variables))}
+    inputs = "".join(letters[v] for v in variables) + "z"
+    outputs = "".join(letters.values()) + "z"
+    return np.ascontiguousarray(np.einsum(f"{inputs}->{outputs}", table)), tuple(letters)

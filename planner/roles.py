@@ -1,0 +1,115 @@
+"""What each parameter is to the graph: a matmul, embedding or expert weight, or something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .graph import Graph, Node, numel
+from .placement import WHOLE
+from .pricing import VIEWS
+from .rules import Operation
+from .rules.products import FACTORS
+
+SMALL_SHARE = 0.01
+"""Weights under this share of their block's matmul bytes may stay replicated (DESIGN section 3, "the space")."""
+
+_THROUGH = VIEWS | {"to", "contiguous", "clone", "index", "type_as"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that a product or an embedding reads.
+
+    Attributes:
+        index: Its (canonical) node.
+        readers: The products and embeddings that read it, views in between left out.
+        block: Path of its outermost block; "" outside blocks.
+        share: Its share of that block's matmul bytes.
+    """
+
+    index: int
+    readers: tuple[int, ...]
+    block: str
+    share: float
+
+
+def canonical(graph: Graph) -> dict[int, int]:
+    """Leaf node -> the node that stands for its tied group."""
+    by_name = {n.fqn: n.index for n in graph.nodes if n.op == "parameter"}
+    same: dict[int, int] = {}
+    first: dict[str, int] = {}
+    for name, index in by_name.items():
+        root = graph.ties.get(name, name)
+        same[index] = first.setdefault(root, index)
+    return same
+
+
+def outer_blocks(graph: Graph) -> list[str]:
+    """Paths of blocks that lie in no other block."""
+    outer: list[str] = []
+    for block in graph.blocks:
+        if not any(block.fqn.startswith(f"{path}.") for path in outer):
+            outer.append(block.fqn)
+    return outer
+
+
+class BlockOf:
+    """Maps a module or parameter path to its outermost block."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._paths = set(outer_blocks(graph))
+
+    def __call__(self, fqn: str) -> str:
+        """The block that contains ``fqn``; "" if none does."""
+        parts = fqn.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            if path in self._paths:
+                return path
+        return ""
+
+
+def weights(graph: Graph) -> dict[int, Weight]:
+    """All weights of products and embeddings, by canonical node."""
+    users, same, block_of = graph.users(), canonical(graph), BlockOf(graph)
+    readers: dict[int, list[int]] = {}
+    for node in graph.nodes:
+        if node.op == "parameter" and len(node.shape) > 1:
+            found = _products(graph, node, users)
+            if found:
+                readers.setdefault(same[node.index], []).extend(found)
+    total: dict[str, int] = {}
+    for index in readers:
+        total[block_of(graph.nodes[index].fqn)] = total.get(block_of(graph.nodes[index].fqn), 0) + graph.nodes[index].nbytes
+    return {
+        index: Weight(index, tuple(dict.fromkeys(found)), block, graph.nodes[index].nbytes / max(1, total[block]))
+        for index, found in readers.items()
+        for block in [block_of(graph.nodes[index].fqn)]
+    }
+
+
+def _products(graph: Graph, weight: Node, users: list[list[int]]) -> list[int]:
+    found, frontier, seen = [], [weight.index], {weight.index}
+    while frontier:
+        for reader in users[frontier.pop()]:
+            node = graph.nodes[reader]
+            if reader in seen:
+                continue
+            seen.add(reader)
+            if node.op in FACTORS or node.op == "embedding":
+                if numel(weight.shape) > 1:
+                    found.append(reader)
+            elif node.op in _THROUGH:
+                frontier.append(reader)
+    return found
+
+
+def label_of(graph: Graph, product: Node, operand: int, dim: int) -> str:
+    """``column`` if an operand's ``dim`` appears in the product's result, ``row`` if it is summed, ``vocab`` for an embedding's rows."""
+    if product.op == "embedding":
+        return "vocab" if dim == 0 else "column"
+    factors = FACTORS[product.op](Operation(product, graph.nodes, {i: WHOLE for i in product.operands}))
+    if factors is None:
+        return "column"
+    labels = next(labels for ref, labels in factors.operands if ref.index == operand)
+    return "column" if labels[dim] in factors.out else "row"

@@ -1,0 +1,279 @@
+"""Stage 3: every operator's choices, as cost tables over the stored placements of its operands and its result.
+
+A value has one *stored* placement, which all its readers share: it is made in some placement (`Made`), moved at most once where it is made,
+and each reader may then change it locally for itself (`conversions`: slice, lift). So what is wanted in one placement by several readers is
+moved once, and the space is realised by edits of two kinds only: of a call's result, of a call's arguments.
+
+How gradients are placed follows from the forward placements:
+- a replicated operand of an operator whose result is split or partial receives a partial gradient on each rank;
+- an operator with all operands replicated passes a whole gradient on whole, and a partial gradient on partial (gradients are linear).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+
+from .factor_graph import INFEASIBLE, Table
+from .graph import LEAVES, Graph, Node
+from .moves import Move, move
+from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replicate, Shard
+from .pricing import Cost, Pricing
+from .rules import RULES, Operation
+
+Stored = Placement | tuple[Placement, ...]
+Domain = tuple[Stored, ...]
+
+MAX_COMBINATIONS = 20_000
+MAX_SLICES = 4
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How one reader sees a stored value.
+
+    Attributes:
+        effective: What the operator computes on; replicated ones without regard to gradients.
+        gradient: What gradient the value accepts through this reading.
+        move: The local change, if any.
+    """
+
+    effective: Stored
+    gradient: Literal["whole", "partial", "any"]
+    move: Move | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run an operator: how each operand is read, in which placement the result is made, how it is moved."""
+
+    operands: tuple[Conversion, ...]
+    made: Stored
+    stored: Stored
+    move: Move | None
+    compute: Cost
+    communication: Cost
+
+    @property
+    def cost(self) -> Cost:
+        """Both parts."""
+        return self.compute + self.communication
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the graph allows at one operator.
+
+    Attributes:
+        movable: The result may be moved where it is made.
+        convertible: Per operand (distinct, in order): a reader may change it locally.
+    """
+
+    movable: bool
+    convertible: tuple[bool, ...]
+
+
+def reads(node: Node) -> tuple[int, ...]:
+    """Distinct operands in order."""
+    return tuple(dict.fromkeys(node.operands))
+
+
+def conversions(value: Node, stored: Stored, convertible: bool, slices: Sequence[Shard]) -> Iterator[Conversion]:
+    """All ways in which a reader may see ``stored``."""
+    if isinstance(stored, tuple):
+        yield Conversion(stored, "any")
+        return
+    match stored:
+        case Replicate(partial_grad=accepts):
+            yield Conversion(WHOLE, "any" if not value.differentiable else "partial" if accepts else "whole")
+            if not convertible:
+                return
+            if value.differentiable and accepts and value.op != "parameter":
+                yield Conversion(WHOLE, "whole", move(PARTIAL_GRAD, WHOLE))
+            source = PARTIAL_GRAD if accepts or not value.differentiable else WHOLE
+            if value.dtype.is_floating_point:
+                yield Conversion(PARTIAL, "any", move(source, PARTIAL))
+            if value.op != "parameter" and (accepts or not value.differentiable):
+                for shard in slices:
+                    yield Conversion(shard, "any", move(PARTIAL_GRAD, shard))
+        case Shard() | Partial():
+            yield Conversion(stored, "any")
+
+
+def choices(graph: Graph, node: Node, stored: Sequence[Stored], setting: Setting, pricing: Pricing, slices: Sequence[Sequence[Shard]]) -> Iterator[tuple[tuple[Conversion, ...], Stored, Cost, Cost]]:
+    """All ways to make ``node`` from operands stored as ``stored``: readings, placement made, compute, local changes."""
+    nodes = graph.nodes
+    operands = reads(node)
+    by_index = {i: nodes[i] for i in operands}
+    options = [list(conversions(nodes[i], s, c, sl)) for i, s, c, sl in zip(operands, stored, setting.convertible, slices, strict=True)]
+    for combination in product(*options):
+        placed = {i: conversion.effective for i, conversion in zip(operands, combination, strict=True)}
+        base = apply_rule(graph, node, placed)
+        if base is None:
+            continue
+        changes = Cost()
+        for i, conversion in zip(operands, combination, strict=True):
+            if conversion.move is not None:
+                changes += pricing.move(conversion.move, nodes[i].nbytes, free=nodes[i].op == "parameter")
+        single = None if isinstance(base, tuple) else base
+        compute = pricing.compute(node, by_index, {i: p for i, p in placed.items() if not isinstance(p, tuple)}, single)
+        for made in _with_gradients(node, base, combination, [nodes[i] for i in operands]):
+            yield combination, made, compute, changes
+
+
+def apply_rule(graph: Graph, node: Node, placed: dict[int, Stored]) -> Stored | None:
+    """The operator's rule, or for an operator without one: replicated in, replicated out."""
+    rule = RULES.get(node.op) or RULES.get(node.op.rstrip("_"))
+    if rule is None:
+        if any(not isinstance(p, Replicate) for s in placed.values() for p in (s if isinstance(s, tuple) else (s,))):
+            return None
+        return (WHOLE,) * len(node.outputs) if node.outputs else WHOLE
+    made = rule(Operation(node, graph.nodes, placed))
+    if made is not None and node.outputs and not isinstance(made, tuple):
+        return (made,) * len(node.outputs)
+    return made
+
+
+def _with_gradients(node: Node, base: Stored, combination: Sequence[Conversion], operands: Sequence[Node]) -> Iterator[Stored]:
+    """The placements made, gradients included, that agree with what the operands accept."""
+    if node.op == "getitem":
+        source = combination[0].effective
+        yield source[node.arguments[1]] if isinstance(source, tuple) else source
+        return
+    wholes = [
+        c.gradient for c, value in zip(combination, operands, strict=True) if c.effective == WHOLE and value.differentiable
+    ]
+    parts = base if isinstance(base, tuple) else (base,)
+    if not all(isinstance(p, Replicate) for p in parts):
+        if all(gradient != "whole" for gradient in wholes):
+            yield base
+        return
+    tuples = [c.effective for c in combination if isinstance(c.effective, tuple)]
+    if not node.differentiable:
+        yield base
+        return
+    if all(gradient != "partial" for gradient in wholes) and not tuples:
+        yield base
+    if all(gradient != "whole" for gradient in wholes) and not tuples:
+        yield tuple(PARTIAL_GRAD for _ in base) if isinstance(base, tuple) else PARTIAL_GRAD
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One operator's table.
+
+    Attributes:
+        domain: Stored placements of the result, in order of preference.
+        table: Objective (weighed picoseconds) over the operands' domains and ``domain``; `INFEASIBLE` where impossible.
+    """
+
+    domain: Domain
+    table: Table
+
+
+def tabulate(graph: Graph, node: Node, domains: Sequence[Domain], setting: Setting, pricing: Pricing, slices: Sequence[Sequence[Shard]]) -> Choices:
+    """The operator's cost table; minimised over readings and over the placement made."""
+    found: list[tuple[tuple[int, ...], Stored, int]] = []
+    order: dict[Stored, None] = {}
+    for index in np.ndindex(*(len(d) for d in domains)):
+        best: dict[Stored, int] = {}
+        stored = [d[i] for d, i in zip(domains, index, strict=True)]
+        for _, made, compute, changes in choices(graph, node, stored, setting, pricing, slices):
+            price = pricing.weighed(compute + changes)
+            if price < best.get(made, INFEASIBLE):
+                best[made] = price
+        for made, price in best.items():
+            order.setdefault(made)
+            found.append((index, made, price))
+    domain = stored_domain(node, list(order), setting.movable)
+    table = np.full((*(len(d) for d in domains), len(domain)), INFEASIBLE, dtype=np.int64)
+    moves = {(made, target): price_move(node, made, target, setting.movable, pricing) for made in order for target in domain}
+    for index, made, price in found:
+        for at, target in enumerate(domain):
+            extra = moves[(made, target)]
+            if extra is not None:
+                total = price + pricing.weighed(extra)
+                table[(*index, at)] = min(table[(*index, at)], total)
+    return Choices(domain, table)
+
+
+def stored_domain(node: Node, made: Sequence[Stored], movable: bool) -> Domain:
+    """What a value made in one of ``made`` may be stored as: replicated first, then split, then partial."""
+    targets: dict[Stored, None] = dict.fromkeys(made)
+    if movable and node.dtype.is_floating_point and not node.outputs and made:
+        targets[WHOLE] = None
+        if node.differentiable:
+            targets[PARTIAL_GRAD] = None
+    elif movable and not node.outputs and any(isinstance(m, Shard) for m in made):
+        targets[WHOLE] = None
+    return tuple(sorted(targets, key=_preference))
+
+
+def _preference(stored: Stored) -> int:
+    match stored:
+        case Replicate(partial_grad=partial):
+            return int(partial)
+        case Shard():
+            return 2
+        case Partial():
+            return 3
+        case _:
+            return 4
+
+
+def price_move(node: Node, made: Stored, target: Stored, movable: bool, pricing: Pricing) -> Cost | None:
+    """Cost of storing what was made as ``made`` in ``target``; None where it cannot be."""
+    if made == target:
+        return Cost()
+    if not movable or isinstance(made, tuple) or isinstance(target, tuple):
+        return None
+    if isinstance(made, Replicate) and isinstance(target, Partial):
+        return None
+    if not node.differentiable and isinstance(target, Replicate) and target.partial_grad:
+        return None
+    step = move(made, target)
+    if step is None:
+        return None
+    cost = pricing.move(step, node.nbytes)
+    return cost if node.differentiable else Cost(cost.forward_ps, 0)
+
+
+def best_choice(graph: Graph, node: Node, stored: Sequence[Stored], result: Stored, setting: Setting, pricing: Pricing, slices: Sequence[Sequence[Shard]]) -> Choice:
+    """The choice behind a table entry: the first of least price."""
+    best: tuple[int, Choice] | None = None
+    for combination, made, compute, changes in choices(graph, node, stored, setting, pricing, slices):
+        extra = price_move(node, made, result, setting.movable, pricing)
+        if extra is None:
+            continue
+        price = pricing.weighed(compute + changes) + pricing.weighed(extra)
+        if best is None or price < best[0]:
+            step = None if isinstance(made, tuple) or isinstance(result, tuple) else move(made, result)
+            best = price, Choice(combination, made, result, step, compute, changes + extra)
+    if best is None:
+        raise AssertionError(f"no choice at {node.op} of {node.module}")
+    return best[1]
+
+
+def slice_options(graph: Graph, node: Node, domains: Sequence[Domain]) -> list[list[Shard]]:
+    """For each operand, the splits that other operands may have along dims of equal length, counted from the right."""
+    operands = reads(node)
+    options: list[list[Shard]] = []
+    for i, index in enumerate(operands):
+        shape = graph.nodes[index].shape
+        found: dict[Shard, None] = {}
+        for j, other in enumerate(operands):
+            offset = len(graph.nodes[other].shape) - len(shape)
+            for stored in domains[j] if j != i else ():
+                if isinstance(stored, Shard) and stored.dim >= offset and shape[stored.dim - offset : stored.dim - offset + 1] == (stored.layout.size,):
+                    found[Shard(stored.dim - offset, stored.layout)] = None
+        options.append(list(found)[:MAX_SLICES])
+    return options
+
+
+def is_leaf(node: Node) -> bool:
+    """Parameters, buffers, inputs and constants."""
+    return node.op in LEAVES
