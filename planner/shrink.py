@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SMALLEST_HEAD_DIM = 8
 UNTIED_HIDDEN = 128  # hidden size where heads x head dim does not fix it
+WIDEST = 256  # of what is in no simple proportion to the hidden size: feed-forward and low-rank dims
 VOCAB = 512
 POSITIONS = 128
 WINDOW = 8  # below any sequence worth testing, so that the window cuts something
@@ -115,10 +116,11 @@ def _head_dim_factor(dims: set[tuple[int, Fraction]]) -> Fraction:
 def _shrink_width(sizes: _Sizes, part: PreTrainedConfig, width: int) -> int:
     """A feature dim: in exact proportion if tied to the hidden size or the heads, else still a multiple as before."""
     exact = width * sizes.width
-    if exact.denominator == 1 and any(base and width % base == 0 for base in (_hidden(part), _attention_width(part))):
+    bases = [base for base in (_hidden(part), _attention_width(part)) if base]
+    if exact.denominator == 1 and any(width % base == 0 or base % width == 0 for base in bases):
         return max(1, int(exact))
     unit = next(u for u in (sizes.unit, 16, 8, 4, 2, 1) if width % u == 0)
-    return min(width, max(1, round(exact / unit)) * unit)
+    return min(width, max(1, round(min(exact, WIDEST) / unit)) * unit)
 
 
 def _shrink_vocab(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
@@ -146,7 +148,7 @@ def _shrink_window(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
 
 # Field name -> rule; the first that matches decides, so what must not change stands first.
 Rule = Callable[[_Sizes, Any, int], int]
-KEPT = r"token|label|kernel|stride|state_size|conv_|bucket|chunk_size_feed|type_vocab|num_mel|patch_size|_fn$|^_|expand"
+KEPT = r"token|label|kernel|stride|state_size|conv_(?!dim)|bucket|chunk_size_feed|type_vocab|num_mel|patch_size|_fn$|^_|expand"
 HEADS = r"(^|_)n?_?heads?(_kv)?$|(^|_)heads?_(count|per)|^n_head|num_\w*heads$"
 HEAD_DIM = r"head_(dim|size)$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$"
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -285,5 +287,5 @@ def _each(value: Any, rule: Callable[[int], int]) -> Any:
 
 
 def _set(part: PreTrainedConfig, name: str, value: Any) -> None:
-    if value != getattr(part, name):
+    if value != vars(part)[name]:
         setattr(part, name, value)
