@@ -13,7 +13,7 @@ Group sizes nobody measured (3, 5, 6, 7 between 2, 4 and 8) lie on a straight li
     t(S, n) = t(S, a)^w * t(S, b)^(1 - w),   w = ln(b / n) / ln(b / a),   a < n < b neighbouring measured sizes
 
 which is positive, continuous and nondecreasing in S because both factors are. Leaving out size 4 of the measured
-2, 4, 8 gives median errors of 4 to 7 % on the NVSwitch tables and 13 to 20 % on the PCIe one
+2, 4, 8 gives median errors of 4 to 9 % on the NVSwitch tables and 13 to 19 % on the PCIe one
 (``tests/test_cost_communication.py`` asserts it).
 
 Groups larger than a node add a structural term, `inter_node_s`. Sizes in ``nbytes`` are always those of the whole,

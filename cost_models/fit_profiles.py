@@ -1,14 +1,14 @@
-"""Regenerate ``profiles/*.json`` from the measured tables in ``tables/*.json``: python -m colrow.cost_models.fit_profiles.
+"""Regenerate ``profiles/*.json`` from ``tables/*.json``: python -m colrow.cost_models.fit_profiles.
 
 A table holds what was measured or read from a datasheet, with its source and licence; a profile holds what
 `hardware.Hardware` reads. This script adds nothing but the fits of `segment_fit` and, for kinds and group sizes without
-rows, curves derived by formula and marked ``structural``:
+rows, curves derived by formula and marked ``structural``, by the table's ``unmeasured`` rule:
 
-- switch (NCCL tables): all_to_all and broadcast from all_gather at the size that puts the same bytes on a rank's link,
-  ``t(S) = all_gather(S * traffic_share(kind, n) / traffic_share(all_gather, n))``.
-- ring (gloo): groups of 4 and 8 from 2 ranks, the latency by the ratio of steps (2(n-1) for all_reduce, n-1 for
+- ``switch`` (NCCL tables): broadcast from all_gather at the size that puts the same bytes on a rank's link,
+  ``t(S) = all_gather(S * traffic_share(broadcast, n) / traffic_share(all_gather, n))``.
+- ``ring`` (gloo): groups of 4 and 8 from 2 ranks, the latency by the ratio of steps (2(n-1) for all_reduce, n-1 for
   all_gather, reduce_scatter and all_to_all, log2 n for broadcast) and each slope by the ratio of bytes a rank sends
-  (for broadcast, of steps: its tree sends the whole message in each).
+  (for broadcast, of steps: its tree sends the whole message in each). Every rank is taken to have its own core.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from .communication import (
     COLLECTIVE_KINDS,
@@ -202,6 +203,11 @@ class Hardware(Strict):
         """Curves built so far by (kind, size). A plain attribute: pydantic's private ones cost 2 us an access."""
         return {}
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Pickled without ``curves``, which hold closures and are rebuilt on use."""
+        state = super().__getstate__()
+        return {**state, "__dict__": {key: value for key, value in state["__dict__"].items() if key != "curves"}}
+
     def collective_s(self, kind: str, nbytes: int, size: int) -> float:
         """Predicted seconds of one collective.
 
@@ -265,6 +271,7 @@ class Hardware(Strict):
         return between_sizes(size, below.size, below.line().seconds, above.size, above.line().seconds)
 
     def _curve_across_nodes(self, kind: str, size: int) -> Curve:
+        """As few nodes as hold the group, ranks spread evenly; the fullest node decides (9 ranks on 8: 5 and 4)."""
         if self.inter_node is None:
             raise HardwareError(
                 f"hardware {self.name}",
@@ -302,7 +309,9 @@ def load_hardware(name_or_path: str) -> Hardware:
             text = Path(name_or_path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise HardwareError(
-                name_or_path, f"cannot read the hardware profile ({type(error).__name__})", remedy=_known_names()
+                name_or_path,
+                f"cannot read the hardware profile ({type(error).__name__})",
+                remedy=f"Check the path, or name a profile. {_known_names()}",
             ) from error
         return parse_hardware(text, where=name_or_path)
     if name_or_path not in hardware_names():
@@ -331,11 +340,16 @@ def parse_hardware(text: str, where: str) -> Hardware:
     try:
         return Hardware.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "profile"
+        first, *others = error.errors(include_url=False)
         # For a missing field pydantic's input is the whole surrounding object: of no use in a message.
         got = None if first["type"] == "missing" or isinstance(first["input"], dict) else repr(first["input"])
-        raise HardwareError(f"{where}: {field}", first["msg"], got=got, remedy=PROFILE_REMEDY) from error
+        # A field in the wrong unit (latency_us) is a missing one and an unknown one; both are named.
+        also = "".join(f" Also {_field(other)}: {other['msg']}." for other in others[:3])
+        raise HardwareError(f"{where}: {_field(first)}", first["msg"], got=got, remedy=PROFILE_REMEDY + also) from error
+
+
+def _field(detail: ErrorDetails) -> str:
+    return ".".join(str(part) for part in detail["loc"]) or "profile"
 
 
 def _known_names() -> str:
