@@ -89,11 +89,3 @@ def kv_cache_bytes(layers: int, batch: int, context: int, kv_heads: int, head_di
     Inference", MLSys 2023, section 3.3.
     """
     return 2 * layers * batch * context * kv_heads * head_dim * itemsize
-
-
-def allreduce_workspace_bytes(largest_message_bytes: int) -> int:
-    """Buffers a step's collectives need beyond their operands: one output as large as the largest message.
-
-    The functional collectives return a new tensor, and messages of a step do not overlap.
-    """
-    return largest_message_bytes
