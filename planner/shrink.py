@@ -14,8 +14,9 @@ equal, so fields that must agree need not be known to. Layers: one period of the
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 SMALLEST_HEAD_DIM = 8
 UNTIED_HIDDEN = 128  # hidden size where heads x head dim does not fix it
-WIDEST = 256  # of what is in no simple proportion to the hidden size: feed-forward and low-rank dims
+# The widest of what is in no simple proportion to the hidden size (feed-forward, low-rank dims). Not a power of two: a
+# weight that happens to be square would hide a transposition.
+WIDEST = 160
 VOCAB = 512
 POSITIONS = 128
 WINDOW = 8  # below any sequence worth testing, so that the window cuts something
@@ -47,15 +50,15 @@ def small_config(config: PreTrainedConfig, *, divisible_by: int = 4) -> PreTrain
             replaced by one that it divides, any other by one that it does not; other dims stay multiples of 8 per rank
             where they were.
     """
-    config = copy.deepcopy(config)
-    parts = list(configs_in(config))
-    sizes = _Sizes.of(parts, divisible_by)
-    for part in parts:
+    full, config = configs_in(config), copy.deepcopy(config)
+    parts = configs_in(config)
+    sizes = _Sizes.of(full, divisible_by)
+    for whole, part in zip(full, parts, strict=True):
         keep_layers(part)
         for name, value in list(vars(part).items()):
             rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
             if rule is not None:
-                _set(part, name, _each(value, partial(rule, sizes, part)))
+                _set(part, name, _each(value, partial(rule, sizes, whole)))
         _shrink_rotary(part, sizes)
         _shrink_positions(part)
         _shrink_experts(part, divisible_by)
@@ -73,16 +76,18 @@ class _Sizes:
     unit: int
 
     @staticmethod
-    def of(parts: Iterable[PreTrainedConfig], divisible_by: int) -> _Sizes:
-        parts = list(parts)
+    def of(parts: list[PreTrainedConfig], divisible_by: int) -> _Sizes:
         counts = {n for part in parts for n in _numbers(part, HEADS) if n > 1}
         heads = _head_factor(counts, divisible_by)
         dims = {(dim, _rotary_share(part)) for part in parts for dim in _head_dims(part)}
         head_dim = _head_dim_factor(dims)
         hidden = max((size for part in parts if (size := _hidden(part))), default=UNTIED_HIDDEN)
         width = heads * head_dim
-        if not any(_is_tied(part) for part in parts):
-            width = max(width if counts else Fraction(0), Fraction(UNTIED_HIDDEN, hidden))
+        if not dims:  # no heads, or heads that do not divide the hidden size and yet get a floor of it each
+            wanted = int(max(counts, default=0) * heads) * SMALLEST_HEAD_DIM
+            width = Fraction(max(wanted, UNTIED_HIDDEN), hidden)
+        elif not any(_is_tied(part) for part in parts):
+            width = max(width, Fraction(UNTIED_HIDDEN, hidden))
         return _Sizes(heads, head_dim, min(width, Fraction(1)), 8 * divisible_by)
 
 
@@ -115,12 +120,12 @@ def _head_dim_factor(dims: set[tuple[int, Fraction]]) -> Fraction:
 
 def _shrink_width(sizes: _Sizes, part: PreTrainedConfig, width: int) -> int:
     """A feature dim: in exact proportion if tied to the hidden size or the heads, else still a multiple as before."""
-    exact = width * sizes.width
+    exact: Fraction = width * sizes.width
     bases = [base for base in (_hidden(part), _attention_width(part)) if base]
     if exact.denominator == 1 and any(width % base == 0 or base % width == 0 for base in bases):
         return max(1, int(exact))
     unit = next(u for u in (sizes.unit, 16, 8, 4, 2, 1) if width % u == 0)
-    return min(width, max(1, round(min(exact, WIDEST) / unit)) * unit)
+    return min(width, max(1, round(min(exact, Fraction(WIDEST)) / unit)) * unit)
 
 
 def _shrink_vocab(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
@@ -148,9 +153,10 @@ def _shrink_window(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
 
 # Field name -> rule; the first that matches decides, so what must not change stands first.
 Rule = Callable[[_Sizes, Any, int], int]
-KEPT = r"token|label|kernel|stride|state_size|conv_(?!dim)|bucket|chunk_size_feed|type_vocab|num_mel|patch_size|_fn$|^_|expand"
+KEPT = r"^_|token|label|kernel|stride|state|conv_(?!dim)|bucket|chunk_size_feed|type_vocab|num_mel|patch_size|expand"
 HEADS = r"(^|_)n?_?heads?(_kv)?$|(^|_)heads?_(count|per)|^n_head|num_\w*heads$"
-HEAD_DIM = r"head_(dim|size)$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$"
+HEAD_DIM = r"head_(dim|size)$|(^|_)d_head$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$"
+OWN_HEADS = r"^(mamba|linear|ssm|index)"  # of another mixer than attention, which may stand beside it
 RULES: tuple[tuple[str, Rule], ...] = (
     (KEPT, lambda sizes, part, value: value),
     (r"vocab", _shrink_vocab),
@@ -179,9 +185,15 @@ def _shrink_rotary(part: PreTrainedConfig, sizes: _Sizes) -> None:
         for table in _tables(getattr(part, name, None)):
             for key, value in table.items():
                 if isinstance(value, list) and all(isinstance(x, int) for x in value):
-                    table[key] = [int(x * sizes.head_dim) for x in value]
+                    table[key] = _scaled_sections(value, sizes.head_dim)
                 elif isinstance(value, list) and all(isinstance(x, int | float) for x in value):
                     table[key] = value[: max(1, int(len(value) * sizes.head_dim))]
+
+
+def _scaled_sections(sections: list[int], factor: Fraction) -> list[int]:
+    """Sections in proportion, of the same scaled sum: rounding takes from the last ones first."""
+    ends = [math.ceil(sum(sections[: i + 1]) * factor) for i in range(len(sections))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _tables(rope: Any) -> list[dict[str, Any]]:
@@ -203,7 +215,7 @@ def _shrink_positions(part: PreTrainedConfig) -> None:
 
 def _shrink_experts(part: PreTrainedConfig, divisible_by: int) -> None:
     """Eight experts (four groups of four where they are grouped), two of them per token."""
-    groups = int(getattr(part, "n_group", None) or 1)
+    groups = int(vars(part).get("n_group") or 1)
     grouped = groups > 1
     for name, value in list(vars(part).items()):
         if type(value) is not int or re.search(r"shared|zero", name):
@@ -220,7 +232,7 @@ def _shrink_experts(part: PreTrainedConfig, divisible_by: int) -> None:
 
 def _shrink_token_ids(parts: list[PreTrainedConfig]) -> None:
     """Move special tokens that fell outside the vocabulary to its end, different ids staying different."""
-    vocab = min((size for part in parts if type(size := getattr(part, "vocab_size", None)) is int), default=0)
+    vocab = min((size for part in parts if type(size := vars(part).get("vocab_size")) is int), default=0)
     moved: dict[int, int] = {}
 
     def inside(token: int) -> int:
@@ -233,11 +245,11 @@ def _shrink_token_ids(parts: list[PreTrainedConfig]) -> None:
 
 
 def _hidden(part: PreTrainedConfig) -> int | None:
-    return next((value for name in HIDDEN if type(value := getattr(part, name, None)) is int), None)
+    return next((value for name in HIDDEN if type(value := vars(part).get(name)) is int), None)
 
 
 def _query_heads(part: PreTrainedConfig) -> int:
-    return max(_numbers(part, HEADS), default=0)
+    return max(_numbers(part, HEADS, but=OWN_HEADS), default=0)
 
 
 def _attention_width(part: PreTrainedConfig) -> int | None:
@@ -248,9 +260,11 @@ def _attention_width(part: PreTrainedConfig) -> int | None:
 
 def _head_dims(part: PreTrainedConfig) -> set[int]:
     """Head dims, given or the hidden size over the heads."""
-    given = {n for name in vars(part) if re.search(HEAD_DIM, name) for n in _ints(getattr(part, name)) if n > 1}
+    named = [name for name, value in vars(part).items() if re.search(HEAD_DIM, name) and value is not None]
+    given = {n for name in named for n in _ints(vars(part)[name]) if n > 1}
     hidden, heads = _hidden(part), _query_heads(part)
-    return given or ({hidden // heads} if hidden and heads and hidden % heads == 0 else set())
+    implied = hidden and heads and hidden % heads == 0 and all(re.search(OWN_HEADS, name) for name in named)
+    return given | {hidden // heads} if implied and hidden else given
 
 
 def _is_tied(part: PreTrainedConfig) -> bool:
@@ -266,9 +280,11 @@ def _rotary_share(part: PreTrainedConfig) -> Fraction:
     return Fraction(min(shares, default=1)).limit_denominator(64)
 
 
-def _numbers(part: PreTrainedConfig, pattern: str) -> list[int]:
-    names = [name for name in vars(part) if re.search(pattern, name) and not re.search(f"{KEPT}|{HEAD_DIM}", name)]
-    return [number for name in names for number in _ints(getattr(part, name))]
+def _numbers(part: PreTrainedConfig, pattern: str, but: str = "^_") -> list[int]:
+    """The integers in fields whose name matches ``pattern`` and is neither kept, a head dim, nor matches ``but``."""
+    other = f"{KEPT}|{HEAD_DIM}|{but}"
+    names = [name for name in vars(part) if re.search(pattern, name) and not re.search(other, name)]
+    return [number for name in names for number in _ints(vars(part)[name])]
 
 
 def _ints(value: Any) -> list[int]:

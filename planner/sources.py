@@ -149,13 +149,13 @@ def source_from_config(
     Raises:
         SourceError: The class cannot be found or built.
     """
-    if small:
-        config, checkpoint = small_config(config), None
-    config = _without_cache(config)
     model_type = config.model_type
     cls = model_class or head_class(config, trust_remote_code=trust_remote_code)
     if cls.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()  # registered for the whole type, but only the text half of it
+    if small:
+        config, checkpoint = small_config(config), None
+    config = _without_cache(config)
 
     def construct() -> nn.Module:
         try:

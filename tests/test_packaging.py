@@ -17,7 +17,7 @@ PACKAGES = ("planner", "rewrite", "cost_models")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of a copy of the tree: building in place would leave a build folder whose stale files join the next wheel."""
+    """The wheel of a copy of the tree: built in place, the stale files of a build folder would join the next wheel."""
     import shutil
 
     root, copy = Path(__file__).parent.parent, tmp_path_factory.mktemp("tree")

@@ -17,10 +17,14 @@ WHOLE = {
     "bart": BartForConditionalGeneration,
     "clip": CLIPModel,
 }
-TYPES = (
-    "llama qwen3 gemma2 gpt2 gpt_neox phi3 olmo2 bert opt t5 vit mixtral deepseek_v3 whisper falcon bloom bart clip mamba "
-    "gpt_oss qwen2_moe gemma3_text glm4 cohere2 jamba phi swin deberta-v2 wav2vec2"
+# Verified by execution on several simulated ranks, over and over: these have to be quick.
+VERIFIED = (
+    "llama qwen3 gemma2 gpt2 gpt_neox phi3 olmo2 bert opt t5 vit mixtral deepseek_v3 whisper falcon bloom bart clip "
+    "mamba gpt_oss"
 ).split()
+# Other structures. Twelve query heads per kv head (glm4_moe) or eight layers to a period (jamba) have a size of their own.
+OTHERS = "qwen2_moe gemma3_text glm4 glm4_moe cohere2 jamba granitemoehybrid qwen3_5 phi swin swinv2 deberta-v2 wav2vec2"
+TYPES = [*VERIFIED, *OTHERS.split()]
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -29,7 +33,7 @@ def test_small_models_build_and_run(model_type: str) -> None:
         default_config(model_type), model_class=WHOLE.get(model_type), small=True, batch=2, seq=16, dtype="fp32"
     )
     model = source.build()
-    assert sum(p.numel() for p in model.parameters()) < 4_000_000
+    assert sum(p.numel() for p in model.parameters()) < (2_000_000 if model_type in VERIFIED else 5_000_000)
     with torch.no_grad():
         outputs = model(**source.example_inputs)
     tensors = [value for value in outputs.to_tuple() if torch.is_tensor(value) and value.is_floating_point()]
@@ -59,7 +63,8 @@ def shrunk(model_type: str, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads"), [(32, 8), (32, 32), (64, 8), (8, 4), (28, 4), (40, 8), (6, 2), (14, 2), (7, 7), (71, 1), (9, 3)]
+    ("heads", "kv_heads"),
+    [(32, 8), (32, 32), (64, 8), (8, 4), (28, 4), (40, 8), (6, 2), (14, 2), (7, 7), (71, 1), (9, 3)],
 )
 @pytest.mark.parametrize("divisible_by", [2, 3, 4, 8])
 def test_head_ratio_and_divisibility_are_kept(heads: int, kv_heads: int, divisible_by: int) -> None:
