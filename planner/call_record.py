@@ -108,7 +108,9 @@ def flat(tree: Any) -> Iterator[Any]:
 def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     mode = get_proxy_mode()
     tracer = mode.tracer if mode is not None else None
-    return tuple(_made_by(leaf, tracer) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat((args, dict(kwargs))))
+    return tuple(
+        _made_by(leaf, tracer) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat((args, dict(kwargs)))
+    )
 
 
 def _made_by(tensor: torch.Tensor, tracer: Any) -> Any:

@@ -246,7 +246,9 @@ def _slices(graph: Graph, node: Node, users: list[list[int]]) -> dict[int, list[
         if reader.op == "slice":
             dim = wrapped(_argument(reader, 1, "dim", 0), len(node.shape))
             length = node.shape[dim]
-            start, stop, _ = slice(_argument(reader, 2, "start", None), _argument(reader, 3, "end", None)).indices(length)
+            start, stop, _ = slice(_argument(reader, 2, "start", None), _argument(reader, 3, "end", None)).indices(
+                length
+            )
             if (start, stop) != (0, length) and start < stop:
                 cuts.setdefault(dim, {})[(start, stop)] = reader.index
         elif reader.op in _SPLITS and reader.op != "unbind":

@@ -33,6 +33,7 @@ from .uncapped import solve_uncapped
 _LABEL_ENTRIES = 1 << 20  # entries of a joined label table; more means HiGHS
 _PRICE_BITS = 24  # of a price: 0.1 ppm; fewer where price times cap would not fit int64
 _BEAMS = (1 << 10, 1 << 14, 1 << 18)  # labels per join: a first pass finds good solutions, the next prove them
+_CANDIDATES = 20  # of HiGHS that may pass the cap by less than its tolerance before it is left
 _PRICE_STEPS = 60  # Handler and Zang's iteration ends by itself; this only bounds it
 
 
@@ -217,14 +218,23 @@ def _ilp(problem: Problem, best: _Best, time_limit_s: float | None) -> _Best:
     everything = range(len(problem.sizes))
     reduced = reduce_domains(problem.sizes, as_terms(graph, range(len(graph.factors))), everything)
     cap = _cap(problem) - memory_offset - reduced.memory_offset
-    found = solve_ilp(reduced.sizes, reduced.terms, time_limit_s=time_limit_s, memory_cap=cap)
-    if found.infeasible:
-        return replace(best, lower_bound=best.cost)
-    bound = max(best.lower_bound, cost_offset + reduced.cost_offset + found.lower_bound)
-    if found.values is not None:
+    excluded: list[dict[int, int]] = []
+    for _ in range(_CANDIDATES):
+        found = solve_ilp(
+            reduced.sizes, reduced.terms, time_limit_s=time_limit_s, memory_cap=cap, excluded=excluded
+        )
+        if found.infeasible:
+            return replace(best, lower_bound=best.cost)
+        bound = max(best.lower_bound, cost_offset + reduced.cost_offset + found.lower_bound)
+        best = replace(best, lower_bound=min(bound, best.cost))
+        if found.values is None:
+            return best
         values = found.values
         assignment = tuple([int(reduced.kept[v][values.get(v, 0)]) for v in everything])
         cost = evaluate(problem, assignment)
-        if memory_of(problem, assignment) <= _cap(problem) and cost < best.cost:
-            best = replace(best, assignment=assignment, cost=cost, method="ilp")
-    return replace(best, lower_bound=min(bound, best.cost))
+        if memory_of(problem, assignment) <= _cap(problem):
+            if cost < best.cost:
+                best = replace(best, assignment=assignment, cost=cost, lower_bound=min(bound, cost), method="ilp")
+            return best
+        excluded.append(values)  # over the cap by less than HiGHS' tolerance
+    return best

@@ -82,8 +82,13 @@ def expression_at(step: Step, path: Path | None = None) -> tuple[Path, Expressio
     found = [(path, node) for path in paths for node in _spans(path).get(step.span, ())]
     if len(found) != 1:
         where = f"{step.key[0]}:{step.span[0]}"
-        many = "several expressions" if found else "no call, operator, subscript or attribute"
-        raise ValidationError(where, f"{many} of {step.key[1]} at columns {step.span[2]} to {step.span[3]}")
+        columns = f"at columns {step.span[2]} to {step.span[3]}"
+        if found:
+            raise ValidationError(where, f"several expressions of {step.key[1]} {columns}")
+        implicit = "an implicit operation, such as a truth value, an unpacking, or the reading in x[i] += y?"
+        raise ValidationError(
+            where, f"no call, operator, subscript or attribute of {step.key[1]} {columns} ({implicit})"
+        )
     return found[0]
 
 

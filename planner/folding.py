@@ -25,7 +25,9 @@ class Untouchable:
         raise RuntimeError("a folded block reads an attribute that differs between its copies")
 
     __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse  # type: ignore[assignment]
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __index__ = __int__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __index__ = __int__ = (
+        _refuse
+    )
     __getattr__ = __iter__ = __len__ = __contains__ = __getitem__ = __str__ = __format__ = _refuse  # type: ignore[assignment]
 
 

@@ -79,7 +79,9 @@ class Options:
     frozen: frozenset[object] = frozenset()
 
 
-def formulate(graph: Graph, pricing: Pricing, options: Options, memory: Callable[[Node, Stored], int] | None = None) -> Formulation:
+def formulate(
+    graph: Graph, pricing: Pricing, options: Options, memory: Callable[[Node, Stored], int] | None = None
+) -> Formulation:
     """Builds the problem; ``memory`` gives the bytes of a value stored in a placement."""
     builder = _Builder(graph, pricing, options)
     return builder.run(memory)
@@ -194,8 +196,12 @@ class _Builder:
         words = set()
         for reader in weight.readers:
             product = self.graph.nodes[reader]
-            direct = next((i for i in product.operands if self.same.get(i, i) == self.same.get(node.index, node.index)), None)
-            words.add(label_of(self.graph, product, direct, shard.dim) if direct is not None else ("column", "row")[shard.dim])
+            direct = next(
+                (i for i in product.operands if self.same.get(i, i) == self.same.get(node.index, node.index)), None
+            )
+            words.add(
+                label_of(self.graph, product, direct, shard.dim) if direct is not None else ("column", "row")[shard.dim]
+            )
         return words | ({"vocab"} if "column" in words else set())
 
     def _flag(self, block: str) -> int:
@@ -250,10 +256,14 @@ class _Builder:
         if node.call >= 0:
             call = self.graph.calls[node.call]
             site = (call.site.module, call.site.frames)
-            editable = bool(call.site.frames) and site not in self.options.frozen and self.options.editable(call.site.frames) is None
+            editable = (
+                bool(call.site.frames)
+                and site not in self.options.frozen
+                and self.options.editable(call.site.frames) is None
+            )
             movable = editable and node.index == self.call_nodes[node.call][-1]
         convertible = tuple(self._convertible(node, i, editable) for i in operands)
-        return Setting(movable, convertible)
+        return Setting(movable, convertible, editable)
 
     def _convertible(self, node: Node, operand: int, editable: bool) -> bool:
         value = self.graph.nodes[operand]
@@ -331,7 +341,12 @@ def parameter_gradient_ps(pricing: Pricing, nbytes: int, weigh: Callable[[int], 
 
 def _alike(a: Stored, b: Stored) -> bool:
     if isinstance(a, Shard) and isinstance(b, Shard):
-        return a.dim == b.dim and a.layout.size == b.layout.size and a.layout == b.layout or (a.dim == b.dim and a.layout.size != b.layout.size)
+        return (
+            a.dim == b.dim
+            and a.layout.size == b.layout.size
+            and a.layout == b.layout
+            or (a.dim == b.dim and a.layout.size != b.layout.size)
+        )
     return a == b
 
 

@@ -6,8 +6,8 @@ CP 2006). Two more kinds are dropped: those that cannot stay below the cap, and 
 bytes times a price, plus the least the rest can add, minus the cap times the price) reaches a known solution's cost.
 
 What the rest can add at least is known exactly outside the groups (``Completions``). Inside a group, which stands for
-many places, the global bound serves: if V bounds every assignment, one through this label costs at least V plus what the
-label exceeds the least of its entry by.
+many places, the global bound serves: if V bounds every assignment, one through this label costs at least V plus what
+the label exceeds the least of its entry by.
 """
 
 from __future__ import annotations

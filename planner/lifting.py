@@ -16,10 +16,14 @@ from .folding import Folding
 from .graph import Block, Call, Graph, Node, Ref
 from .sites import Site, frame_of
 
-_NOISE = frozenset({"_assert_tensor_metadata", "_set_grad_enabled", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"})
+_NOISE = frozenset(
+    {"_assert_tensor_metadata", "_set_grad_enabled", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"}
+)
 _SAME = frozenset({"alias", "lift_fresh_copy", "lift_fresh", "lift", "detach_"})
 _SAME_IF_UNCHANGED = frozenset({"to", "_to_copy", "type_as", "contiguous_"})
-_NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize", "round", "floor", "ceil", "sign"})
+_NO_GRADIENT = frozenset(
+    {"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize", "round", "floor", "ceil", "sign"}
+)
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
@@ -72,7 +76,9 @@ class _Lifting:
             elif node.op == "call_function":
                 self._operator(node)
             elif node.op == "output":
-                self.graph.outputs = [r.index for r in pytree.tree_leaves(node.args[0], is_leaf=_is_fx) for r in [self.value[r]]]  # type: ignore[union-attr]
+                self.graph.outputs = [
+                    r.index for r in pytree.tree_leaves(node.args[0], is_leaf=_is_fx) for r in [self.value[r]]
+                ]  # type: ignore[union-attr]
         _record_blocks(self.graph, self.block_starts, self.templates)
         return self.graph
 
@@ -120,7 +126,9 @@ class _Lifting:
                 return
         self._append(node, name, args, kwargs, node.target._overloadname)
 
-    def _append(self, node: torch.fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overload: str) -> None:
+    def _append(
+        self, node: torch.fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overload: str
+    ) -> None:
         val = node.meta.get("val")
         outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
         if isinstance(val, (tuple, list)):
@@ -133,7 +141,9 @@ class _Lifting:
             shape, dtype = (), torch.float32
         made = Node(len(self.graph.nodes), name, args, kwargs, shape, dtype, outputs, overload=overload)
         made.differentiable = (
-            dtype in _FLOATS and name not in _NO_GRADIENT and any(self.graph.nodes[i].differentiable for i in made.operands)
+            dtype in _FLOATS
+            and name not in _NO_GRADIENT
+            and any(self.graph.nodes[i].differentiable for i in made.operands)
         )
         made.module = _module_path(node)
         made.call = self._call(node)
@@ -233,7 +243,9 @@ def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list
     names = [("parameter" if name in parameters else "buffer", name) for name in state]
     for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
         del leaf
-        names.append(("input", pytree.keystr(path).strip("[]'\"").replace("']['", ".").replace("'][", ".").replace("][", ".")))
+        names.append(
+            ("input", pytree.keystr(path).strip("[]'\"").replace("']['", ".").replace("'][", ".").replace("][", "."))
+        )
     return names
 
 

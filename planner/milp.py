@@ -7,6 +7,7 @@ for every entry t of factor f that is not forbidden:
     such that  sum over i of x[v, i] = 1                              one value per variable
                sum over t with t_v = i of y[f, t] = x[v, i]           for every f, v in f, i
                sum of bytes <= cap                                    where memory is capped
+               sum over v of x[v, a_v] <= n - 1                       for every excluded assignment a
 
 Integral x force y to the one entry x selects. HiGHS computes in float64 with tolerances near 1e-6, so what it returns
 is only a candidate and a float bound: the caller re-prices the candidate in integers, and ``_integer_bound`` rounds the
@@ -42,7 +43,12 @@ class Candidate:
 
 
 def solve_ilp(
-    sizes: Sequence[int], terms: Sequence[Term], *, time_limit_s: float | None, memory_cap: int | None = None
+    sizes: Sequence[int],
+    terms: Sequence[Term],
+    *,
+    time_limit_s: float | None,
+    memory_cap: int | None = None,
+    excluded: Sequence[dict[int, int]] = (),
 ) -> Candidate:
     """Minimise the terms' cost over the variables in their scopes.
 
@@ -51,6 +57,7 @@ def solve_ilp(
         terms: Tables with entries in ``[0, INFEASIBLE]``, scopes not empty.
         time_limit_s: HiGHS' wall-clock limit; None for no limit.
         memory_cap: Bytes the terms' memory may sum to; None for no cap.
+        excluded: Assignments of all those variables that may not be returned.
     """
     variables = sorted({v for term in terms for v in term.scope})
     first: dict[int, int] = {}
@@ -84,9 +91,14 @@ def solve_ilp(
     constraints = [LinearConstraint(matrix, right, right)]
     if memory_cap is not None:
         scale = max(1.0, float(weight.max(initial=0)))
-        # Rounding must not cut off what fits: half a byte and the row's float error are let through; callers re-check.
+        # Rounding must not cut off what fits: half a byte, the row's float error and HiGHS' tolerance (1e-6 of the
+        # largest weight) let a little too much through; the caller re-checks and excludes.
         slack = 0.5 + 1e-12 * float(weight.sum())
         constraints.append(LinearConstraint(weight[None] / scale, -np.inf, (memory_cap + slack) / scale))
+    for barred in excluded:
+        cut = np.zeros((1, columns))
+        cut[0, [first[v] + barred[v] for v in variables]] = 1
+        constraints.append(LinearConstraint(cut, -np.inf, len(variables) - 1))
     unit = max(1, gcd(*map(int, np.unique(cost))))
     scale = max(1.0, float(cost.max(initial=0)) / unit / _LARGEST_COEFFICIENT) * unit
     integrality = np.zeros(columns, np.int64)

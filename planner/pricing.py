@@ -83,7 +83,9 @@ class Pricing:
             return self.collective(step, nbytes)
         return 0 if step == "identity" or free else self.operator(0, 2 * nbytes, torch.float32)
 
-    def compute(self, node: Node, operands: Mapping[int, Node], placed: Mapping[int, Placement], out: Placement | None) -> Cost:
+    def compute(
+        self, node: Node, operands: Mapping[int, Node], placed: Mapping[int, Placement], out: Placement | None
+    ) -> Cost:
         """Local time of ``node``: its work and traffic scaled by what the rank holds.
 
         Args:

@@ -80,7 +80,9 @@ def weights(graph: Graph) -> dict[int, Weight]:
                 readers.setdefault(same[node.index], []).extend(found)
     total: dict[str, int] = {}
     for index in readers:
-        total[block_of(graph.nodes[index].fqn)] = total.get(block_of(graph.nodes[index].fqn), 0) + graph.nodes[index].nbytes
+        total[block_of(graph.nodes[index].fqn)] = (
+            total.get(block_of(graph.nodes[index].fqn), 0) + graph.nodes[index].nbytes
+        )
     return {
         index: Weight(index, tuple(dict.fromkeys(found)), block, graph.nodes[index].nbytes / max(1, total[block]))
         for index, found in readers.items()

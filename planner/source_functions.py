@@ -34,7 +34,6 @@ def key_of(code: CodeType) -> CodeKey:
     return code.co_filename, code.co_qualname, code.co_firstlineno
 
 
-@lru_cache(maxsize=4096)
 def function_paths(key: CodeKey) -> tuple[Path, ...]:
     """Where the source has a function of this name at this line; several only for lambdas on one line.
 
@@ -83,7 +82,8 @@ def _functions(tree: ast.Module, line: int) -> Iterator[tuple[str, Path]]:
 
 def _first_line(node: ast.AST) -> int:
     lines: list[int] = [getattr(node, "lineno", 0)]
-    return min([*lines, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+    lines.extend(decorator.lineno for decorator in getattr(node, "decorator_list", []))
+    return min(lines)
 
 
 def compiled(key: CodeKey, path: Path, changed: Function, free: Sequence[str]) -> CodeType:
@@ -227,9 +227,17 @@ def live_object(key: CodeKey) -> object | None:
     if "<" in qualname:
         return None
     found: object = _modules_by_file(len(sys.modules)).get(file)
+    owner = ""
     for part in qualname.split("."):
-        found = getattr(found, "__dict__", {}).get(part)
+        found = getattr(found, "__dict__", {}).get(mangled(part, owner))
+        owner = part
     return found if any(key_of(f.__code__) == key for f in functions_within(found)) else None
+
+
+def mangled(name: str, owner: str) -> str:
+    """What ``name`` is called as an attribute where it is written inside the class ``owner`` (private names)."""
+    private = name.startswith("__") and not name.endswith("__")
+    return f"_{owner.lstrip('_')}{name}" if private and owner.strip("_") else name
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,7 @@ import numpy as np
 
 from .factor_graph import INFEASIBLE, Table
 from .graph import LEAVES, Graph, Node
+from .local_operators import local_form
 from .moves import Move, move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replicate, Shard
 from .pricing import Cost, Pricing
@@ -28,7 +29,6 @@ from .rules import RULES, Operation
 Stored = Placement | tuple[Placement, ...]
 Domain = tuple[Stored, ...]
 
-MAX_COMBINATIONS = 20_000
 MAX_SLICES = 4
 
 
@@ -71,10 +71,14 @@ class Setting:
     Attributes:
         movable: The result may be moved where it is made.
         convertible: Per operand (distinct, in order): a reader may change it locally.
+        editable: Its call may be edited.
+        fixed: The only moves allowed, of the operands and of the result; None where all are open.
     """
 
     movable: bool
     convertible: tuple[bool, ...]
+    editable: bool = False
+    fixed: tuple[tuple[Move | None, ...], Move | None] | None = None
 
 
 def reads(node: Node) -> tuple[int, ...]:
@@ -104,16 +108,29 @@ def conversions(value: Node, stored: Stored, convertible: bool, slices: Sequence
             yield Conversion(stored, "any")
 
 
-def choices(graph: Graph, node: Node, stored: Sequence[Stored], setting: Setting, pricing: Pricing, slices: Sequence[Sequence[Shard]]) -> Iterator[tuple[tuple[Conversion, ...], Stored, Cost, Cost]]:
+def choices(
+    graph: Graph,
+    node: Node,
+    stored: Sequence[Stored],
+    setting: Setting,
+    pricing: Pricing,
+    slices: Sequence[Sequence[Shard]],
+) -> Iterator[tuple[tuple[Conversion, ...], Stored, Cost, Cost]]:
     """All ways to make ``node`` from operands stored as ``stored``: readings, placement made, compute, local changes."""
     nodes = graph.nodes
     operands = reads(node)
+    call = graph.calls[node.call] if setting.editable else None
     by_index = {i: nodes[i] for i in operands}
-    options = [list(conversions(nodes[i], s, c, sl)) for i, s, c, sl in zip(operands, stored, setting.convertible, slices, strict=True)]
+    options = [
+        list(conversions(nodes[i], s, c, sl))
+        for i, s, c, sl in zip(operands, stored, setting.convertible, slices, strict=True)
+    ]
     for combination in product(*options):
         placed = {i: conversion.effective for i, conversion in zip(operands, combination, strict=True)}
+        if setting.fixed is not None and tuple(c.move for c in combination) != setting.fixed[0]:
+            continue
         base = apply_rule(graph, node, placed)
-        if base is None:
+        if base is None or isinstance(local_form(node, call, placed, base), str):
             continue
         changes = Cost()
         for i, conversion in zip(operands, combination, strict=True):
@@ -138,14 +155,18 @@ def apply_rule(graph: Graph, node: Node, placed: dict[int, Stored]) -> Stored | 
     return made
 
 
-def _with_gradients(node: Node, base: Stored, combination: Sequence[Conversion], operands: Sequence[Node]) -> Iterator[Stored]:
+def _with_gradients(
+    node: Node, base: Stored, combination: Sequence[Conversion], operands: Sequence[Node]
+) -> Iterator[Stored]:
     """The placements made, gradients included, that agree with what the operands accept."""
     if node.op == "getitem":
         source = combination[0].effective
         yield source[node.arguments[1]] if isinstance(source, tuple) else source
         return
     wholes = [
-        c.gradient for c, value in zip(combination, operands, strict=True) if c.effective == WHOLE and value.differentiable
+        c.gradient
+        for c, value in zip(combination, operands, strict=True)
+        if c.effective == WHOLE and value.differentiable
     ]
     parts = base if isinstance(base, tuple) else (base,)
     if not all(isinstance(p, Replicate) for p in parts):
@@ -175,7 +196,14 @@ class Choices:
     table: Table
 
 
-def tabulate(graph: Graph, node: Node, domains: Sequence[Domain], setting: Setting, pricing: Pricing, slices: Sequence[Sequence[Shard]]) -> Choices:
+def tabulate(
+    graph: Graph,
+    node: Node,
+    domains: Sequence[Domain],
+    setting: Setting,
+    pricing: Pricing,
+    slices: Sequence[Sequence[Shard]],
+) -> Choices:
     """The operator's cost table; minimised over readings and over the placement made."""
     found: list[tuple[tuple[int, ...], Stored, int]] = []
     order: dict[Stored, None] = {}
@@ -191,7 +219,7 @@ def tabulate(graph: Graph, node: Node, domains: Sequence[Domain], setting: Setti
             found.append((index, made, price))
     domain = stored_domain(node, list(order), setting.movable)
     table = np.full((*(len(d) for d in domains), len(domain)), INFEASIBLE, dtype=np.int64)
-    moves = {(made, target): price_move(node, made, target, setting.movable, pricing) for made in order for target in domain}
+    moves = {(made, target): price_move(node, made, target, setting, pricing) for made in order for target in domain}
     for index, made, price in found:
         for at, target in enumerate(domain):
             extra = moves[(made, target)]
@@ -225,11 +253,15 @@ def _preference(stored: Stored) -> int:
             return 4
 
 
-def price_move(node: Node, made: Stored, target: Stored, movable: bool, pricing: Pricing) -> Cost | None:
+def price_move(node: Node, made: Stored, target: Stored, setting: Setting, pricing: Pricing) -> Cost | None:
     """Cost of storing what was made as ``made`` in ``target``; None where it cannot be."""
+    if setting.fixed is not None:
+        step = None if isinstance(made, tuple) or isinstance(target, tuple) else move(made, target)
+        if step != setting.fixed[1] or (step is None and made != target):
+            return None
     if made == target:
         return Cost()
-    if not movable or isinstance(made, tuple) or isinstance(target, tuple):
+    if not setting.movable or isinstance(made, tuple) or isinstance(target, tuple):
         return None
     if isinstance(made, Replicate) and isinstance(target, Partial):
         return None
@@ -242,11 +274,19 @@ def price_move(node: Node, made: Stored, target: Stored, movable: bool, pricing:
     return cost if node.differentiable else Cost(cost.forward_ps, 0)
 
 
-def best_choice(graph: Graph, node: Node, stored: Sequence[Stored], result: Stored, setting: Setting, pricing: Pricing, slices: Sequence[Sequence[Shard]]) -> Choice:
+def best_choice(
+    graph: Graph,
+    node: Node,
+    stored: Sequence[Stored],
+    result: Stored,
+    setting: Setting,
+    pricing: Pricing,
+    slices: Sequence[Sequence[Shard]],
+) -> Choice:
     """The choice behind a table entry: the first of least price."""
     best: tuple[int, Choice] | None = None
     for combination, made, compute, changes in choices(graph, node, stored, setting, pricing, slices):
-        extra = price_move(node, made, result, setting.movable, pricing)
+        extra = price_move(node, made, result, setting, pricing)
         if extra is None:
             continue
         price = pricing.weighed(compute + changes) + pricing.weighed(extra)
@@ -268,7 +308,11 @@ def slice_options(graph: Graph, node: Node, domains: Sequence[Domain]) -> list[l
         for j, other in enumerate(operands):
             offset = len(graph.nodes[other].shape) - len(shape)
             for stored in domains[j] if j != i else ():
-                if isinstance(stored, Shard) and stored.dim >= offset and shape[stored.dim - offset : stored.dim - offset + 1] == (stored.layout.size,):
+                if (
+                    isinstance(stored, Shard)
+                    and stored.dim >= offset
+                    and shape[stored.dim - offset : stored.dim - offset + 1] == (stored.layout.size,)
+                ):
                     found[Shard(stored.dim - offset, stored.layout)] = None
         options.append(list(found)[:MAX_SLICES])
     return options

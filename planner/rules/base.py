@@ -90,7 +90,9 @@ def shifted(placement: Placement, dim_of: Callable[[int], int | None]) -> Result
             return placement
 
 
-def contraction(op: Operation, operands: Sequence[tuple[Ref, Sequence[str | None]]], out: Sequence[str | None]) -> Result:
+def contraction(
+    op: Operation, operands: Sequence[tuple[Ref, Sequence[str | None]]], out: Sequence[str | None]
+) -> Result:
     """Rule of a product of operands whose dims carry factor labels (None: never split).
 
     A split label must be split alike in every operand that has it. A label missing from ``out`` is summed: its split gives a partial sum.

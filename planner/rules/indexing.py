@@ -26,7 +26,17 @@ def index(op: Operation) -> Result:
             return placement
 
 
-@rule("index_select", "gather", "take_along_dim", "scatter", "scatter_add", "index_add", "index_copy", "index_fill", "scatter_reduce")
+@rule(
+    "index_select",
+    "gather",
+    "take_along_dim",
+    "scatter",
+    "scatter_add",
+    "index_add",
+    "index_copy",
+    "index_fill",
+    "scatter_reduce",
+)
 def along_dim(op: Operation) -> Result:
     """Work along one dim with replicated indices; index_select and index_add leave the others to be split."""
     if op.node.op not in ("index_select", "index_add"):
@@ -76,7 +86,11 @@ def last_two(op: Operation) -> Result:
             touched = len(op.argument(1)) // 2 if op.node.op in ("pad", "constant_pad_nd") else 2
             return Shard(d, layout) if d < len(op.shape(x)) - touched else None
         case Partial():
-            return PARTIAL if op.node.op in ("tril", "triu") or not op.argument(3 if op.node.op == "pad" else 2, "value", 0) else None
+            return (
+                PARTIAL
+                if op.node.op in ("tril", "triu") or not op.argument(3 if op.node.op == "pad" else 2, "value", 0)
+                else None
+            )
         case placement:
             return placement
 

@@ -103,7 +103,11 @@ def each(op: Operation) -> Result:
     partials = _partials(op)
     if partials:
         shard = any(isinstance(op.placement(t), Shard) for t in op.tensors)
-        return PARTIAL if partials == 1 and not shard and len(set(t.index for t in op.tensors)) == len(op.tensors) else None
+        return (
+            PARTIAL
+            if partials == 1 and not shard and len(set(t.index for t in op.tensors)) == len(op.tensors)
+            else None
+        )
     return _shards(op)
 
 
@@ -111,7 +115,9 @@ def each(op: Operation) -> Result:
 def first(op: Operation) -> Result:
     """Quotients: a partial numerator over a replicated denominator."""
     if _partials(op):
-        fine = isinstance(op.placement(op.argument(0)), Partial) and not isinstance(op.placement(op.argument(1)), (Partial, Shard))
+        fine = isinstance(op.placement(op.argument(0)), Partial) and not isinstance(
+            op.placement(op.argument(1)), (Partial, Shard)
+        )
         return PARTIAL if fine and "rounding_mode" not in op.node.keywords else None
     return _shards(op)
 

@@ -128,7 +128,9 @@ def convolution(op: Operation) -> Factors | None:
     if groups != 1 or len(op.shape(x)) != rank or len(op.shape(weight)) != rank:
         return None
     spatial = (None,) * (rank - 2)
-    return Factors(((x, ("b", "i", *spatial)), (weight, ("o", "i", *spatial))), ("b", "o", *spatial), op.argument(2, "bias"), 1)
+    return Factors(
+        ((x, ("b", "i", *spatial)), (weight, ("o", "i", *spatial))), ("b", "o", *spatial), op.argument(2, "bias"), 1
+    )
 
 
 @rule("scaled_dot_product_attention")
@@ -147,7 +149,12 @@ def attention(op: Operation) -> Result:
     if not (isinstance(qp, Shard) and isinstance(kp, Shard) and isinstance(vp, Shard)):
         return None
     groups = op.shape(q)[qp.dim] // max(1, op.shape(k)[kp.dim])
-    if not (qp.dim == kp.dim == vp.dim) or qp.dim >= rank - 2 or kp.layout != vp.layout or kp.layout.scaled(groups) != qp.layout:
+    if (
+        not (qp.dim == kp.dim == vp.dim)
+        or qp.dim >= rank - 2
+        or kp.layout != vp.layout
+        or kp.layout.scaled(groups) != qp.layout
+    ):
         return None
     if isinstance(mask, Ref):
         at = qp.dim - rank + len(op.shape(mask))

@@ -35,7 +35,21 @@ def linear_reduction(op: Operation) -> Result:
     return _reduce(op, gone, keepdim, PARTIAL, PARTIAL)
 
 
-@rule("amax", "amin", "argmax", "argmin", "any", "all", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod", "count_nonzero")
+@rule(
+    "amax",
+    "amin",
+    "argmax",
+    "argmin",
+    "any",
+    "all",
+    "var",
+    "std",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "prod",
+    "count_nonzero",
+)
 def other_reduction(op: Operation) -> Result:
     """Only dims that are not reduced may be split."""
     position = 2 if op.node.op in ("norm", "linalg_vector_norm") else 1
@@ -65,7 +79,13 @@ def several(op: Operation) -> Result:
     """Values and indices along one dim."""
     x = op.argument(0)
     if not op.node.outputs or len(op.tensors) > 1:
-        return WHOLE if all_whole(op) and not op.node.outputs else None if not all_whole(op) else (WHOLE,) * len(op.node.outputs)
+        return (
+            WHOLE
+            if all_whole(op) and not op.node.outputs
+            else None
+            if not all_whole(op)
+            else (WHOLE,) * len(op.node.outputs)
+        )
     dim = op.argument(2 if op.node.op == "topk" else 1, "dim", -1)
     match op.placement(x):
         case Shard(d, layout):

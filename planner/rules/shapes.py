@@ -87,7 +87,11 @@ def transpose(op: Operation) -> Result:
 def t(op: Operation) -> Result:
     """The last two dims change places."""
     rank = len(op.node.shape)
-    return _moved(op, lambda d: {rank - 1: rank - 2, rank - 2: rank - 1}.get(d, d)) if rank > 1 else _moved(op, lambda d: d)
+    return (
+        _moved(op, lambda d: {rank - 1: rank - 2, rank - 2: rank - 1}.get(d, d))
+        if rank > 1
+        else _moved(op, lambda d: d)
+    )
 
 
 @rule("permute")

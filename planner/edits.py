@@ -1,0 +1,67 @@
+"""Edits: all that a plan changes in a model's source, as plain data.
+
+The list is closed. A parameter is stored sliced and read in some way; a call expression gets its arguments moved, its literal sizes made
+local, its operator replaced by the local one of the same meaning, its result moved; a model input is moved. Nothing else happens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .layout import Layout
+from .moves import Move
+
+OperatorName = Literal["vocab_embedding", "mean_of_shard", "rank_random"]
+
+
+@dataclass(frozen=True)
+class OperatorEdit:
+    """A local operator where the dense one would be wrong on slices.
+
+    Attributes:
+        name: ``vocab_embedding`` (rows split), ``mean_of_shard`` (a mean over a split dim, as a partial sum), ``rank_random`` (dropout in a
+            split region draws differently on every rank).
+        dim: The split dim of its first operand.
+        layout: Of that dim.
+    """
+
+    name: OperatorName
+    dim: int = 0
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class CallEdit:
+    """What changes at one call expression. Leaves are the call's arguments flattened, a method's receiver first.
+
+    Attributes:
+        arguments: ``(leaf, move)`` of tensors changed for this call only.
+        integers: ``(leaf, global value, local value)`` of literal sizes and offsets.
+        operator: The operator to run instead.
+        result: How the result is moved; None if it is not.
+    """
+
+    arguments: tuple[tuple[int, Move], ...] = ()
+    integers: tuple[tuple[int, int, int], ...] = ()
+    operator: OperatorEdit | None = None
+    result: Move | None = None
+
+
+@dataclass(frozen=True)
+class ParameterEdit:
+    """How one parameter is stored and read.
+
+    Attributes:
+        fqn: Its path.
+        dim: The split dim; None: replicated.
+        layout: Of that dim.
+        partial_grad: Each rank computes a partial sum of its gradient.
+        lifted: It joins a partial sum, so that only the first rank reads it.
+    """
+
+    fqn: str
+    dim: int | None = None
+    layout: Layout | None = None
+    partial_grad: bool = False
+    lifted: bool = False

@@ -1,0 +1,315 @@
+"""Stage 6: a solved graph -> edits of parameters and calls, and the collectives they cause."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .edits import CallEdit, ParameterEdit
+from .formulation import Formulation
+from .graph import Node, numel
+from .local_operators import leaves_of, local_form, merged
+from .moves import COMMUNICATES
+from .placement import PARTIAL_GRAD, Partial, Placement, Replicate, Shard
+from .pricing import Cost
+from .roles import BlockOf
+from .sites import Site
+from .strategies import Choice, Stored, best_choice, is_leaf, reads
+
+Category = Literal["block", "statistic", "parameter_gradient", "embedding", "head", "loss"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of one step.
+
+    Attributes:
+        kind: all_reduce, all_gather, reduce_scatter.
+        nbytes: Of the whole buffer over all ranks.
+        direction: forward or backward.
+        workload: The workload's name.
+        site: Path of the module whose forward makes the value.
+        block: The outermost block; "" outside.
+        forced_by: The operator that needs it, and its module.
+        category: What it is for.
+        bucket: The block whose gradients it sums, for parameter gradients.
+        seconds_ps: Predicted picoseconds.
+    """
+
+    kind: str
+    nbytes: int
+    direction: str
+    workload: str
+    site: str
+    block: str
+    forced_by: str
+    category: Category
+    bucket: str = ""
+    ps: int = 0
+
+
+class SiteConflict(Exception):
+    """One call expression would need two different edits."""
+
+    def __init__(self, sites: frozenset[object]) -> None:
+        super().__init__("conflicting edits")
+        self.sites = sites
+
+
+@dataclass
+class Lowered:
+    """Everything the rewriter does.
+
+    Attributes:
+        parameters: Every parameter's layout, in graph order.
+        calls: Edits per site, in graph order.
+        inputs: Model inputs whose gradient is partial on each rank.
+        collectives: Of one step, forward then backward.
+        stored: Stored placement per node.
+        choices: What was chosen per operator node.
+        cost: Sum over operators and collectives.
+    """
+
+    parameters: list[ParameterEdit] = field(default_factory=list)
+    calls: dict[Site, CallEdit] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    stored: list[Stored] = field(default_factory=list)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    compute: Cost = Cost()
+    communication: Cost = Cost()
+
+
+def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) -> Lowered:
+    """Reads the solver's assignment back.
+
+    Raises:
+        SiteConflict: Two calls of one site were given different edits.
+    """
+    graph, out = formulation.graph, Lowered()
+    domains, variable = formulation.domains, formulation.variable
+    out.stored = [domains[v][assignment[v]] if domains[v] else PARTIAL_GRAD for v in variable]
+    lifted: set[int] = set()
+    edits: dict[Site, list[tuple[int, CallEdit]]] = {}
+    for node in graph.nodes:
+        if is_leaf(node):
+            continue
+        choice = _choice(formulation, node, out.stored)
+        out.choices[node.index] = choice
+        for index, conversion in zip(reads(node), choice.operands, strict=True):
+            if conversion.move is not None and graph.nodes[index].op == "parameter":
+                lifted.add(index)
+        edit = _edit(formulation, node, choice)
+        if edit is not None and node.call >= 0:
+            edits.setdefault(graph.calls[node.call].site, []).append((node.call, edit))
+        out.compute += choice.compute
+        out.communication += choice.communication
+    _merge(formulation, edits, out)
+    for node in graph.nodes:
+        if node.op == "parameter":
+            out.parameters.append(_parameter(node, out.stored[node.index], node.index in lifted))
+        elif node.op == "input" and node.differentiable:
+            out.inputs.append(node.fqn)
+    out.collectives = _collectives(formulation, out, workload)
+    return out
+
+
+def _choice(formulation: Formulation, node: Node, stored: list[Stored]) -> Choice:
+    return best_choice(
+        formulation.graph,
+        node,
+        [stored[i] for i in reads(node)],
+        stored[node.index],
+        formulation.settings[node.index],
+        formulation.pricing,
+        formulation.slices[node.index],
+    )
+
+
+def _edit(formulation: Formulation, node: Node, choice: Choice) -> CallEdit | None:
+    graph = formulation.graph
+    call = graph.calls[node.call] if formulation.settings[node.index].editable else None
+    placed = {i: c.effective for i, c in zip(reads(node), choice.operands, strict=True)}
+    form = local_form(node, call, placed, choice.made)
+    assert not isinstance(form, str), form
+    arguments = [
+        (leaf, conversion.move)
+        for index, conversion in zip(reads(node), choice.operands, strict=True)
+        if conversion.move is not None and graph.nodes[index].op != "parameter" and call is not None
+        for leaf in leaves_of(call, index)
+    ]
+    parts = [CallEdit(arguments=tuple(arguments), result=choice.move)] if arguments or choice.move else []
+    if form is not None:
+        parts.append(form)
+    return merged(parts) if parts else None
+
+
+def _merge(formulation: Formulation, edits: dict[Site, list[tuple[int, CallEdit]]], out: Lowered) -> None:
+    """One edit per site; every call of a site must want the same."""
+    graph = formulation.graph
+    calls_of: dict[Site, set[int]] = {}
+    for index, call in enumerate(graph.calls):
+        calls_of.setdefault(call.site, set()).add(index)
+    conflicts: set[object] = set()
+    for site, found in edits.items():
+        per_call: dict[int, list[CallEdit]] = {}
+        for call, edit in found:
+            per_call.setdefault(call, []).append(edit)
+        try:
+            merged_edits = {merged(parts) for parts in per_call.values()}
+        except ValueError:
+            merged_edits = set()
+        if len(merged_edits) != 1 or set(per_call) != calls_of[site]:
+            conflicts.add((site.module, site.frames))
+        else:
+            out.calls[site] = merged_edits.pop()
+    if conflicts:
+        raise SiteConflict(frozenset(conflicts))
+
+
+def _parameter(node: Node, stored: Stored, lifted: bool) -> ParameterEdit:
+    match stored:
+        case Shard(dim, layout):
+            return ParameterEdit(node.fqn, dim, layout, False, lifted)
+        case Replicate(partial_grad=partial):
+            return ParameterEdit(node.fqn, None, None, partial, lifted)
+        case _:
+            raise AssertionError(f"parameter {node.fqn} stored as {stored}")
+
+
+def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[Collective]:
+    graph, pricing = formulation.graph, formulation.pricing
+    block_of = BlockOf(graph)
+    users = graph.users()
+    hidden = _hidden_bytes(formulation, block_of)
+    in_blocks = [n.index for n in graph.nodes if not is_leaf(n) and block_of(n.module)]
+    first, last = (min(in_blocks), max(in_blocks)) if in_blocks else (0, len(graph.nodes))
+    forward: list[Collective] = []
+    backward: list[Collective] = []
+
+    def category(node: Node, nbytes: int) -> Category:
+        if not block_of(node.module):
+            if in_blocks and node.index < first:
+                return "embedding"
+            if in_blocks and node.index > last:
+                return "head"
+            if _from_embedding(formulation, node):
+                return "embedding"
+        return "statistic" if hidden and nbytes * 8 <= hidden else "block"
+
+    for index, choice in out.choices.items():
+        node = graph.nodes[index]
+        if choice.move is None:
+            continue
+        step = choice.move
+        nbytes = node.nbytes
+        if step.layout is not None:
+            nbytes = node.nbytes * step.layout.local * pricing.ranks // step.layout.size
+        for kind, direction, into in ((step.forward, "forward", forward), (step.backward, "backward", backward)):
+            if kind not in COMMUNICATES or (direction == "backward" and not node.differentiable):
+                continue
+            forced = (
+                _forced_by(formulation, out, node, users) if direction == "forward" else f"gradient of {_named(node)}"
+            )
+            ps = pricing.collective(kind, nbytes)
+            into.append(
+                Collective(
+                    kind,
+                    nbytes,
+                    direction,
+                    workload,
+                    node.module,
+                    block_of(node.module),
+                    forced,
+                    category(node, nbytes),
+                    "",
+                    ps,
+                )
+            )
+    return forward + list(reversed(backward)) + _parameter_gradients(formulation, out, workload, block_of)
+
+
+def _parameter_gradients(formulation: Formulation, out: Lowered, workload: str, block_of: BlockOf) -> list[Collective]:
+    """One reduction per block and dtype of the gradients that are partial."""
+    buckets: dict[tuple[str, object], int] = {}
+    for node in formulation.graph.nodes:
+        if node.op != "parameter" or node.fqn in formulation.graph.ties:
+            continue
+        stored = out.stored[node.index]
+        replicas = isinstance(stored, Shard) and stored.layout.is_replicated
+        if stored == PARTIAL_GRAD or replicas:
+            key = (block_of(node.fqn), node.dtype)
+            buckets[key] = buckets.get(key, 0) + numel(node.shape) * node.dtype.itemsize
+    found = []
+    for (block, _), nbytes in buckets.items():
+        ps = formulation.pricing.collective("all_reduce", nbytes)
+        found.append(
+            Collective(
+                "all_reduce",
+                nbytes,
+                "backward",
+                workload,
+                block,
+                block,
+                "partial gradients of replicated parameters",
+                "parameter_gradient",
+                block,
+                ps,
+            )
+        )
+    return found
+
+
+def _hidden_bytes(formulation: Formulation, block_of: BlockOf) -> int:
+    """Bytes of the hidden state: the largest floating value that crosses from one block to another."""
+    graph, largest = formulation.graph, 0
+    for node in graph.nodes:
+        for operand in node.operands:
+            value = graph.nodes[operand]
+            if (
+                not is_leaf(value)
+                and value.differentiable
+                and block_of(value.module)
+                and block_of(value.module) != block_of(node.module)
+            ):
+                largest = max(largest, value.nbytes)
+    return largest
+
+
+def _from_embedding(formulation: Formulation, node: Node) -> bool:
+    """Whether the value was looked up, with nothing but elementwise work since."""
+    graph, frontier, steps = formulation.graph, [node.index], 0
+    while frontier and steps < 32:
+        value = graph.nodes[frontier.pop()]
+        steps += 1
+        if value.op == "embedding":
+            return True
+        if value.shape == node.shape and not is_leaf(value):
+            frontier += [
+                i for i in value.operands if graph.nodes[i].shape == node.shape or graph.nodes[i].op == "embedding"
+            ]
+    return False
+
+
+def _forced_by(formulation: Formulation, out: Lowered, node: Node, users: list[list[int]]) -> str:
+    """The first reader that could not have read the value as it was made."""
+    graph, choice = formulation.graph, out.choices[node.index]
+    for reader in users[node.index]:
+        other = graph.nodes[reader]
+        placed: dict[int, Stored] = {
+            i: c.effective for i, c in zip(reads(other), out.choices[reader].operands, strict=True)
+        }
+        placed[node.index] = _plain(choice.made)
+        from .strategies import apply_rule
+
+        if apply_rule(graph, other, placed) is None:
+            return _named(other)
+    return _named(graph.nodes[users[node.index][0]]) if users[node.index] else "the model's output"
+
+
+def _plain(stored: Stored) -> Placement | tuple[Placement, ...]:
+    return Partial() if isinstance(stored, Partial) else stored
+
+
+def _named(node: Node) -> str:
+    return f"{node.op} in {node.module}" if node.module else node.op

@@ -1,0 +1,354 @@
+"""The pipeline: trace -> candidates -> tables -> exact solve -> edits -> `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
+from colrow.cost_models.hardware import Hardware, load_hardware
+
+from .bytes_per_rank import memory_of, total_of, workspace_bytes
+from .expressions import can_edit
+from .factor_graph import Solution, evaluate
+from .formulation import Formulation, Options, formulate
+from .graph import Graph
+from .lowering import Lowered, SiteConflict, lower
+from .placement import Shard
+from .plan_model import Plan, PlannedCost, PlannedParameter, Workload
+from .pricing import Cost, Phase, Pricing
+from .roles import SMALL_SHARE, label_of
+from .rules import RULES
+from .solver import solve
+from .strategies import is_leaf
+from .trace import Inputs, trace
+
+LARGEST_TP = 1024
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    tp: int,
+    hardware: str | Hardware = "h100-sxm",
+    phase: Phase = "prefill",
+    context: int = 0,
+    sequence_parallel: bool | Literal["auto"] = False,
+    replicate: Literal["never", "auto"] = "never",
+    memory_gb: float | None = None,
+    pin: Mapping[str, str] | None = None,
+) -> Plan:
+    """The cheapest exact tensor-parallel plan of a model.
+
+    Args:
+        model: Any module torch can trace; weights may be on meta and are never read.
+        example_inputs: Keyword arguments, or a tuple of positional ones.
+        tp: Ranks of the tensor-parallel group.
+        hardware: Profile name, path of a profile, or a profile.
+        phase: ``prefill``, ``decode`` or ``train``; the mode (train or eval) is the model's own.
+        context: Tokens already in the KV cache (decode).
+        sequence_parallel: Not available yet.
+        replicate: ``never`` splits every weight that can be split; ``auto`` minimises time alone.
+        memory_gb: Cap per rank, 1 GB = 1e9 bytes; None: the hardware's.
+        pin: fnmatch pattern of a parameter or module path -> ``column``, ``row``, ``vocab`` or ``replicated``.
+
+    Raises:
+        UsageError: Wrong arguments.
+        TraceError: torch cannot trace the model.
+        Infeasible: No plan satisfies the constraints; `MemoryCapError` names the smallest tp that fits.
+    """
+    _check(tp, phase, sequence_parallel, replicate, pin)
+    profile = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
+    graph = trace(model, example_inputs)
+    workload = _workload(phase, example_inputs, context)
+    options = Options(replicate=replicate, pin=dict(pin or {}), editable=can_edit)
+    try:
+        return plan_graph(graph, type(model).__name__, tp, profile, workload, options, memory_gb)
+    except MemoryCapError as error:
+        smallest = _smallest_tp(graph, type(model).__name__, tp, profile, workload, options, memory_gb)
+        cap = memory_gb if memory_gb is not None else profile.memory_gb
+        raise MemoryCapError(
+            type(model).__name__,
+            f"no plan for {tp} ranks fits {cap:g} GB per rank",
+            got=f"at least {error.got}" if error.got else None,
+            need=f"tp >= {smallest}" if smallest else "a smaller batch or more memory",
+            remedy=f"Use --tp {smallest}." if smallest else "No tp up to 128 fits.",
+        ) from error
+
+
+def plan_graph(
+    graph: Graph, name: str, tp: int, hardware: Hardware, workload: Workload, options: Options, memory_gb: float | None
+) -> Plan:
+    """Plans a traced graph; see `plan`."""
+    phase: Phase = workload.phase  # type: ignore[assignment]
+    pricing = Pricing(hardware, tp, phase, workload.context)
+    cap = int((memory_gb if memory_gb is not None else hardware.memory_gb) * 1e9) - workspace_bytes(graph, phase)
+    options = replace(options, memory_cap=cap)
+    of = memory_of(graph, phase, workload.context)
+    while True:
+        formulation = formulate(graph, pricing, options, lambda node, stored: of(node, stored).total)
+        solution = solve(formulation.problem)
+        if evaluate(formulation.problem, solution.assignment) != solution.cost:
+            raise AssertionError("re-pricing gives another cost than the solver")
+        try:
+            lowered = lower(formulation, solution.assignment, workload.name)
+            break
+        except SiteConflict as conflict:
+            if not conflict.sites - options.frozen:
+                raise
+            options = replace(options, frozen=options.frozen | conflict.sites)
+    return _plan(formulation, solution, lowered, name, hardware, workload, options, memory_gb)
+
+
+def _plan(
+    formulation: Formulation,
+    solution: Solution,
+    lowered: Lowered,
+    name: str,
+    hardware: Hardware,
+    workload: Workload,
+    options: Options,
+    memory_gb: float | None,
+) -> Plan:
+    graph = formulation.graph
+    phase: Phase = workload.phase  # type: ignore[assignment]
+    parameters, unsplit = _parameters(formulation, lowered)
+    return Plan(
+        name=name,
+        tp=formulation.pricing.ranks,
+        hardware=hardware.name,
+        workloads=(workload,),
+        options={"replicate": options.replicate, "pin": dict(options.pin), "memory_gb": memory_gb},
+        parameters=parameters,
+        ties=dict(graph.ties),
+        calls=lowered.calls,
+        inputs=tuple(lowered.inputs),
+        collectives=tuple(lowered.collectives),
+        unsplit=unsplit,
+        findings=_findings(formulation, options),
+        assumptions=dict(graph.assumptions),
+        cost=_cost(formulation, solution, lowered),
+        memory_bytes=total_of(graph, lowered.stored, phase, workload.context),
+        statistics={
+            "variables": len(formulation.domains),
+            "factors": len(formulation.problem.factors),
+            "nodes": len(graph.nodes),
+        },
+    )
+
+
+def _cost(formulation: Formulation, solution: Solution, lowered: Lowered) -> PlannedCost:
+    """Seconds of the workload's own passes; the bound is the solver's less the terms that are no time of this workload."""
+    train = formulation.pricing.phase == "train"
+
+    def own(cost: Cost) -> int:
+        return cost.forward_ps + (cost.backward_ps if train else 0)
+
+    gradients = sum(c.ps for c in lowered.collectives if c.category == "parameter_gradient")
+    compute, communication = own(lowered.compute), own(lowered.communication) + (gradients if train else 0)
+    total = compute + communication
+    beside = (
+        solution.cost - total
+    )  # penalties, tie-breaking share of the backward pass, the line of parameter gradients
+    return PlannedCost(
+        total * 1e-12,
+        compute * 1e-12,
+        communication * 1e-12,
+        (solution.lower_bound - beside) * 1e-12,
+        solution.proven,
+        sum(c.ps for c in lowered.collectives if c.direction == "forward") * 1e-12,
+        sum(c.ps for c in lowered.collectives if c.direction == "backward") * 1e-12,
+    )
+
+
+def _parameters(
+    formulation: Formulation, lowered: Lowered
+) -> tuple[tuple[PlannedParameter, ...], tuple[tuple[str, int, str], ...]]:
+    graph = formulation.graph
+    nodes = {n.fqn: n for n in graph.nodes if n.op == "parameter"}
+    roots = {index: graph.nodes[index].fqn for index in formulation.weights}
+    weight_of = {fqn: formulation.weights[index] for index, fqn in roots.items()}
+    planned, unsplit = [], []
+    for edit in lowered.parameters:
+        node = nodes[edit.fqn]
+        weight = weight_of.get(edit.fqn) or weight_of.get(graph.ties.get(edit.fqn, ""))
+        word = _word(formulation, node.index, edit.dim, weight)
+        planned.append(
+            PlannedParameter(edit, word, node.shape, str(node.dtype).removeprefix("torch."), weight is not None)
+        )
+        if weight is not None and word == "replicated" and edit.fqn not in graph.ties:
+            unsplit.append((edit.fqn, node.nbytes, _reason(formulation, node.index, weight.share)))
+    return tuple(planned), tuple(unsplit)
+
+
+def _word(formulation: Formulation, index: int, dim: int | None, weight: Any) -> str:
+    graph = formulation.graph
+    if dim is None:
+        return "replicated"
+    if weight is None:
+        return _word_of_satellite(formulation, index)
+    words = []
+    for reader in weight.readers:
+        product = graph.nodes[reader]
+        direct = [
+            i
+            for i in product.operands
+            if graph.nodes[i].op == "parameter" and _root(graph, i) == _root(graph, weight.index)
+        ]
+        if direct:
+            words.append(label_of(graph, product, direct[0], dim))
+        else:
+            placed = _effective_at(formulation, product.index, weight.index, dim)
+            words.append(placed)
+    if "vocab" in words or (not weight.block and "column" in words and _reaches_output(graph, weight.readers)):
+        return "vocab"
+    return words[0]
+
+
+def _word_of_satellite(formulation: Formulation, index: int) -> str:
+    return "column"
+
+
+def _effective_at(formulation: Formulation, product: int, weight: int, dim: int) -> str:
+    """Through views: follow the split from the parameter to the product by the rules."""
+    from .strategies import apply_rule
+
+    graph = formulation.graph
+    layout = next((s.layout for s in formulation.domain(weight) if isinstance(s, Shard) and s.dim == dim), None)
+    if layout is None:
+        return "column"
+    placed: dict[int, Any] = {weight: Shard(dim, layout)}
+    users = graph.users()
+    frontier = [weight]
+    while frontier:
+        for reader in users[frontier.pop(0)]:
+            node = graph.nodes[reader]
+            if reader == product:
+                operand = next(i for i in node.operands if i in placed)
+                return label_of(graph, node, operand, placed[operand].dim)
+            if len(node.operands) == 1 and reader not in placed:
+                made = apply_rule(graph, node, {node.operands[0]: placed[node.operands[0]]})
+                if isinstance(made, Shard):
+                    placed[reader] = made
+                    frontier.append(reader)
+    return "column"
+
+
+def _root(graph: Graph, index: int) -> str:
+    name = graph.nodes[index].fqn
+    return graph.ties.get(name, name)
+
+
+def _reaches_output(graph: Graph, readers: tuple[int, ...]) -> bool:
+    """Whether a product's result is a model output, but for elementwise work and casts."""
+    outputs = set(graph.outputs)
+    users = graph.users()
+    for reader in readers:
+        index, steps = reader, 0
+        while index not in outputs and len(users[index]) == 1 and steps < 8:
+            index, steps = users[index][0], steps + 1
+        if index in outputs:
+            return True
+    return False
+
+
+def _reason(formulation: Formulation, index: int, share: float) -> str:
+    if index in formulation.reasons:
+        return formulation.reasons[index]
+    if formulation.variable[index] in formulation.penalised:
+        return "no legal split of it exists in this model at this size"
+    if share < SMALL_SHARE:
+        return f"{share:.2%} of its block's matmul bytes; splitting it would cost more than it saves"
+    return "replicated is faster (replicate=auto)"
+
+
+def _findings(formulation: Formulation, options: Options) -> tuple[str, ...]:
+    graph = formulation.graph
+    unknown: dict[str, int] = {}
+    for node in graph.nodes:
+        if not is_leaf(node) and node.operands and node.op not in RULES and node.op.rstrip("_") not in RULES:
+            unknown[node.op] = unknown.get(node.op, 0) + 1
+    found = [
+        f"operator without a rule, its operands are replicated: {op} ({count}x)"
+        for op, count in sorted(unknown.items())
+    ]
+    found += graph.findings
+    found += [
+        f"call left unedited, its calls would need different edits: {site[0]}"
+        for site in sorted(options.frozen, key=str)
+        if isinstance(site, tuple)
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _smallest_tp(
+    graph: Graph, name: str, tp: int, hardware: Hardware, workload: Workload, options: Options, memory_gb: float | None
+) -> int | None:
+    for larger in (t for t in (2, 4, 8, 16, 32, 64, 128) if t > tp):
+        try:
+            plan_graph(graph, name, larger, hardware, workload, options, memory_gb)
+        except Infeasible:
+            continue
+        return larger
+    return None
+
+
+def _check(tp: int, phase: str, sequence_parallel: object, replicate: str, pin: Mapping[str, str] | None) -> None:
+    if not isinstance(tp, int) or isinstance(tp, bool) or not 1 <= tp <= LARGEST_TP:
+        raise UsageError(
+            "tp",
+            "not a number of ranks",
+            got=tp,
+            need=f"1 to {LARGEST_TP}",
+            remedy="Pass the size of the tensor-parallel group.",
+        )
+    if phase not in ("prefill", "decode", "train"):
+        raise UsageError("phase", "unknown phase", got=phase, need="prefill, decode or train")
+    if sequence_parallel is not False:
+        raise UsageError(
+            "sequence_parallel",
+            "not available yet",
+            got=sequence_parallel,
+            need="False",
+            remedy="See the README's list of what is missing.",
+        )
+    if replicate not in ("never", "auto"):
+        raise UsageError("replicate", "unknown policy", got=replicate, need="never or auto")
+    for pattern, word in (pin or {}).items():
+        if word not in ("column", "row", "vocab", "replicated"):
+            raise UsageError(f"pin {pattern}", "unknown placement", got=word, need="column, row, vocab or replicated")
+
+
+def _workload(phase: Phase, inputs: Inputs, context: int) -> Workload:
+    tensors, values = [], []
+    named = dict(enumerate(inputs)) if isinstance(inputs, tuple) else dict(inputs)
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            tensors.append((str(name), str(value.dtype).removeprefix("torch."), tuple(value.shape)))
+        elif isinstance(value, (int, float, str, bool, type(None))):
+            values.append((str(name), value))
+        elif any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            raise UsageError(
+                f"input {name}",
+                "nested tensors as one input are not supported",
+                got=type(value).__name__,
+                need="a tensor",
+            )
+    return Workload(phase, phase, tuple(tensors), tuple(values), context)
+
+
+def example_of(workload: Workload) -> Inputs:
+    """Inputs of a workload's names, dtypes and shapes; integers are zero."""
+    named: dict[str, Any] = {
+        name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in workload.inputs
+    }
+    named.update(workload.values)
+    if named and all(name.isdigit() for name in named):
+        return tuple(named[str(i)] for i in range(len(named)))
+    return named
