@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType, MethodType
@@ -19,9 +18,9 @@ from typing import Any
 from colrow.cost_models.errors import ValidationError
 from colrow.planner.expressions import steps
 from colrow.planner.sites import Frame, Span
-from colrow.planner.source_functions import CodeKey, cell_contents, functions_within, key_of, live_object
+from colrow.planner.source_functions import CodeKey, cell_contents, functions_within, key_of, live_object, mangled
 
-from .source_edits import NAMES, callee_expression, edited_code
+from .source_edits import NAMES, callee_expression, edited_code, inherited_method
 
 Replacement = Callable[..., Any]
 Callee = Callable[..., Any]
@@ -56,7 +55,18 @@ def bodies_of(edits: Mapping[tuple[Frame, ...], Replacement]) -> list[Body]:
         body = level.setdefault(last.key, Body(last.key))
         if body.sites.setdefault(last.span, replacement) is not replacement:
             raise ValidationError(str(frames[-1]), "two different replacements at one expression")
+    for body in roots.values():
+        _check(body)
     return list(roots.values())
+
+
+def _check(body: Body) -> None:
+    for span in body.sites.keys() & body.calls.keys():
+        where = f"{body.key[0]}:{span[0]}"
+        raise ValidationError(where, f"a call in {body.key[1]} is to be replaced, and so is one made inside it")
+    for children in body.calls.values():
+        for child in children.values():
+            _check(child)
 
 
 Found = tuple[Callee | None, tuple["Found", ...]]
@@ -82,7 +92,9 @@ def found_callees(body: Body, callee: Callee | None, receiver: object = None) ->
             if not any(key_of(f.__code__) == key for f in functions_within(inner)):
                 inner, method = live_object(key), False
                 inner = inner.__func__ if isinstance(inner, (staticmethod, classmethod)) else inner
-            known = inner if isinstance(inner, (FunctionType, functools.partial)) else None
+            while isinstance(inner, functools.partial):
+                inner = inner.func
+            known = inner if isinstance(inner, FunctionType) else None
             # A decorator hands its first argument on; should it not, the call finds another callee than expected and
             # asks `late`.
             owner = value.__self__ if method and isinstance(value, MethodType) else receiver
@@ -102,12 +114,13 @@ def _value(expression: ast.expr, function: FunctionType, receiver: object) -> An
             if name in code.co_varnames or name in code.co_cellvars:
                 return None
             return function.__globals__.get(name, getattr(builtins, name, None))
-        case ast.Attribute(ast.Call(ast.Name("super"), [], []), attribute):
+        case ast.Attribute(_, attribute) if inherited_method(expression):
             owner = cell_contents(function).get("__class__")
             return getattr(super(owner, receiver), attribute, None) if isinstance(owner, type) and receiver else None
         case ast.Attribute(value, attribute):
             held = _value(value, function, receiver)
-            return getattr(held, attribute, None) if held is not None else None
+            owner = code.co_qualname.split(".")[-2:][0]
+            return getattr(held, mangled(attribute, owner), None) if held is not None else None
         case _:
             return None
 
@@ -147,7 +160,10 @@ def _edited(body: Body, function: FunctionType, found: tuple[Found, ...], source
             children = [body.calls[span][key] for key in sorted(body.calls[span])]
             knowledge = [remaining.pop(0) for _ in children]
             where = f"{body.key[0]}:{span[0]}"
-            values[name] = _redirection(where, children, knowledge, inner)
+            known = _clones(children, knowledge, inner)
+            values[name] = (
+                _inherited(where, known) if name in edited.inherited else _redirection(where, children, known)
+            )
             notes.append(f"# {name}: calls the edited {' or '.join(child.key[1] for child in children)}")
     sources.append("\n".join([*notes, edited.source]))
     sources.extend(inner)
@@ -168,13 +184,25 @@ def _clone(function: FunctionType, code: CodeType, values: Mapping[str, Any]) ->
     return clone
 
 
-def _redirection(where: str, bodies: list[Body], found: list[Found], sources: list[str]) -> Callee:
-    """Calls the edited clone of the callee it is given."""
+def _clones(bodies: list[Body], found: list[Found], sources: list[str]) -> list[tuple[Callee, Callee]]:
+    """The callees that are known before the call, each with its edited clone."""
     known: list[tuple[Callee, Callee]] = []
     for body, (callee, children) in zip(bodies, found, strict=True):
         clone = instead(body, callee, children, sources) if callee is not None else None
         if callee is not None and clone is not None:
             known.append((callee, clone))
+    return known
+
+
+def _inherited(where: str, known: list[tuple[Callee, Callee]]) -> Callee:
+    """What ``super().name`` leads to is settled by the class; torch.compile could not compare it at the call."""
+    if len(known) != 1:
+        raise ValidationError(where, "a call through super() leads to none or several of the recorded functions")
+    return known[0][1]
+
+
+def _redirection(where: str, bodies: list[Body], known: list[tuple[Callee, Callee]]) -> Callee:
+    """Calls the edited clone of the callee it is given."""
 
     def redirected(callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(callee, MethodType):
@@ -184,18 +212,17 @@ def _redirection(where: str, bodies: list[Body], found: list[Found], sources: li
                 return clone(*args, **kwargs)
         if isinstance(callee, functools.partial):
             return redirected(callee.func, *callee.args, *args, **{**callee.keywords, **kwargs})
+        if not isinstance(callee, FunctionType) and isinstance(type(callee).__call__, FunctionType):
+            return redirected(type(callee).__call__, callee, *args, **kwargs)
         return late(callee)(*args, **kwargs)
 
     def late(callee: Any) -> Callee:
-        """A callee that only the running program knew: a closure from a local variable, an object with ``__call__``."""
+        """A callee that only the running program knew: a closure held by a local variable."""
         for body in bodies:
             clone = instead(body, callee, found_callees(body, callee)[1], [])
             if clone is not None:
                 known.append((callee, clone))
                 return clone
-        called = inspect.getattr_static(type(callee), "__call__", None)
-        if isinstance(called, FunctionType) and not isinstance(callee, FunctionType):
-            return functools.partial(redirected, called, callee)
         raise ValidationError(
             where,
             "calls another function than when the model was traced",

@@ -5,8 +5,9 @@
     a + b                      ->  __colrow_0__(__operator__.add, a, b)
     x += y                     ->  x = __colrow_0__(__operator__.iadd, x, y)
     x[..., :n]                 ->  __colrow_0__(__operator__.getitem, x, (..., __slice__(None, n, None)))
-    x[i] = y                   ->  __colrow_value__ = y; __colrow_0__(__operator__.setitem, x, i, __colrow_value__)
+    x[i] = y                   ->  __colrow_value__ = y; __colrow_0__(__setitem__, x, i, __colrow_value__)
     x.mT                       ->  __colrow_0__(__operator__.attrgetter('mT'), x)
+    super().forward(x)         ->  __colrow_0__(self, x)                             only on the way to a site
 
 Operands keep their order and are evaluated once. The new names are free variables, filled through the closure
 (`clones`), because that is what lets two models of one class differ, and what torch.compile can look through.
@@ -32,12 +33,23 @@ from colrow.planner.source_functions import Function, Path, compiled, key_of, pa
 
 def _callee(receiver: Any, name: str) -> tuple[Any, ...]:
     """What ``receiver.name(...)`` calls, and on what: a tensor's method takes the tensor as first argument."""
-    if isinstance(receiver, torch.Tensor):
-        return getattr(type(receiver), name), receiver
+    # The class's own function, not type(receiver)'s: torch.compile does not know nn.Buffer's methods.
+    if isinstance(receiver, torch.Tensor) and hasattr(torch.Tensor, name):
+        return getattr(torch.Tensor, name), receiver
     return (getattr(receiver, name),)
 
 
-NAMES: dict[str, Any] = {"__operator__": operator, "__slice__": slice, "__callee__": _callee}
+def _setitem(container: Any, index: Any, value: Any) -> None:
+    """`operator.setitem` in a form that torch.compile knows."""
+    container[index] = value
+
+
+NAMES: dict[str, Any] = {
+    "__operator__": operator,
+    "__slice__": slice,
+    "__callee__": _callee,
+    "__setitem__": _setitem,
+}
 
 
 @dataclass(frozen=True)
@@ -47,11 +59,13 @@ class EditedCode:
     Attributes:
         code: Takes ``names`` as free variables beside those the function had.
         names: Per edited span, the free variable that is called there.
+        inherited: Those of the names that stand for a method reached through ``super()``.
         source: The function's source after the edits, without its context.
     """
 
     code: CodeType
     names: Mapping[Span, str]
+    inherited: frozenset[str]
     source: str
 
 
@@ -72,15 +86,21 @@ def _edited(
     key = (file, qualname, line)
     names = {span: f"__colrow_{index}__" for index, span in enumerate(spans)}
     targets: dict[int, str] = {}
+    inherited = set()
     for span, name in names.items():
         step = Step(key, span)
         _, node = expression_at(step, path)
         check_kind(step, node)
         targets[id(node)] = name
+        if isinstance(node, ast.Call) and inherited_method(node.func):
+            inherited.add(name)
     memo: dict[int, Any] = {}
     function = cast(Function, copy.deepcopy(path[-1], memo))
-    changed = _Edits({id(memo[node]): name for node, name in targets.items()}, namespaces).generic_visit(function)
-    return EditedCode(compiled(key, path, changed, (*NAMES, *names.values())), names, ast.unparse(changed))
+    receiver = next((argument.arg for argument in (*function.args.posonlyargs, *function.args.args)), "")
+    edits = _Edits({id(memo[node]): name for node, name in targets.items()}, namespaces, receiver)
+    changed = edits.generic_visit(function)
+    edited = compiled(key, path, changed, (*NAMES, *names.values()))
+    return EditedCode(edited, names, frozenset(inherited), ast.unparse(changed))
 
 
 def callee_expression(code: CodeType, span: Span) -> ast.expr | None:
@@ -89,11 +109,19 @@ def callee_expression(code: CodeType, span: Span) -> ast.expr | None:
     return node.func if isinstance(node, ast.Call) else None
 
 
+def inherited_method(function: ast.expr) -> str | None:
+    """The name in ``super().name``."""
+    match function:
+        case ast.Attribute(ast.Call(ast.Name("super"), [], []), name):
+            return name
+    return None
+
+
 class _Edits(ast.NodeTransformer):
     """Replaces the nodes named in ``targets`` (id -> free variable), inner ones first."""
 
-    def __init__(self, targets: Mapping[int, str], namespaces: frozenset[str]) -> None:
-        self.targets, self.namespaces = targets, namespaces
+    def __init__(self, targets: Mapping[int, str], namespaces: frozenset[str], receiver: str) -> None:
+        self.targets, self.namespaces, self.receiver = targets, namespaces, receiver
 
     def generic_visit(self, node: ast.AST) -> Any:
         name = self.targets.get(id(node))
@@ -124,12 +152,14 @@ class _Edits(ast.NodeTransformer):
                 return _augmented(target, lambda load: _site(site, _operator(op, "i"), load, value))
             case ast.Assign([ast.Subscript(value, index)], assigned):
                 kept = "__colrow_value__"
-                call = _site(site, _operator("setitem"), value, _index(index), _name(kept))
+                call = _site(site, _name("__setitem__"), value, _index(index), _name(kept))
                 return [_assign(_name(kept, ast.Store()), assigned), ast.Expr(call), _deleted(kept)]
         raise AssertionError(f"no edit of {ast.dump(node)}")
 
     def _function(self, function: ast.expr) -> list[ast.expr]:
         """First arguments of the site: the function, and a tensor method's receiver."""
+        if inherited_method(function):
+            return [_name(self.receiver)]
         if not isinstance(function, ast.Attribute) or (
             function.attr.startswith("__") and not function.attr.endswith("__")
         ):
