@@ -1,0 +1,218 @@
+"""Local views: while a block runs, its modules see plain local tensors where their DTensor parameters are.
+
+A *region* is a block, or what no block contains. Its forward pre-hook puts local views into the owning modules'
+instance ``__dict__``, which Python looks at before ``nn.Module.__getattr__``; its post-hook, which exceptions do not
+skip, takes them out again. So classes, names, ``state_dict``, ``deepcopy`` and FSDP2 see nothing but DTensors. With
+gradients, one autograd function per region reads all of its parameters; its backward zeroes padding, makes DTensors
+of the gradients, and all-reduces the partial ones in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from colrow.cost_models.errors import UsageError
+
+from .collectives import all_reduce
+from .gradients import delivered
+from .groups import TpGroup
+from .slices import gaps, local_part, padded_part, without_gaps
+from .storage import ParameterSpec, owners
+
+Slot = tuple[nn.Module, str]
+
+
+class Reader:
+    """One parameter of a region: where it is, and how it is read.
+
+    Attributes:
+        spec: Of the parameter.
+        slots: Where it is read; several if it is tied.
+        is_plain: What is stored is what is read.
+        is_masked: Padding in the gradient must be zeroed.
+        is_partial: Gradients are partial sums: marked so, or of intervals that several ranks read.
+    """
+
+    __slots__ = ("is_masked", "is_partial", "is_plain", "slots", "spec")
+
+    def __init__(self, spec: ParameterSpec, slots: list[Slot], rank: int) -> None:
+        is_cut = spec.split is not None and spec.encoding == "whole"
+        self.spec, self.slots = spec, slots
+        self.is_plain = not is_cut and not (spec.lifted and rank)
+        self.is_masked = spec.split is not None and not is_cut and bool(gaps(spec.split[1], rank))
+        self.is_partial = spec.partial_grad or is_cut
+
+    def read(self, stored: Tensor, rank: int) -> Tensor:
+        """What the forward code of ``rank`` sees: [stored block] -> [local shape]."""
+        if self.spec.lifted and rank:
+            return torch.zeros_like(stored)
+        dim, layout = cast(Any, self.spec.split)
+        return local_part(stored, dim, layout, rank)
+
+    def unread(self, gradient: Tensor, rank: int) -> Tensor:
+        """The adjoint of ``read``; the identity where the parameter is lifted (its gradient is whole on every rank)."""
+        if self.is_masked:
+            dim, layout = cast(Any, self.spec.split)
+            return without_gaps(gradient, dim, layout, rank)
+        if self.is_plain or self.spec.lifted:
+            return gradient
+        dim, layout = cast(Any, self.spec.split)
+        return padded_part(gradient, dim, layout, rank)
+
+
+class _Read(torch.autograd.Function):
+    """Parameters (DTensors) -> what forward code reads (plain tensors); gradients the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, readers: list[Reader], group: TpGroup, *parameters: DTensor) -> tuple[Tensor, ...]:
+        ctx.readers, ctx.group, ctx.parameters = readers, group, parameters
+        ctx.set_materialize_grads(False)  # a parameter no output depends on keeps its None
+        rank = group.rank
+        return tuple(
+            p._local_tensor.detach() if reader.is_plain else reader.read(p._local_tensor, rank)
+            for reader, p in zip(readers, parameters, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        rank = ctx.group.rank
+        found: list[Any] = list(gradients)
+        partial: dict[torch.dtype, list[int]] = {}
+        for i, reader in enumerate(ctx.readers):
+            if found[i] is not None:  # no variable for it: ``delivered`` counts references
+                if reader.is_masked or not reader.is_plain:
+                    found[i] = reader.unread(found[i], rank)
+                if reader.is_partial:
+                    partial.setdefault(found[i].dtype, []).append(i)
+        for places in partial.values():
+            whole = all_reduce(torch.cat([found[i].reshape(-1) for i in places]), ctx.group)
+            shapes = [found[i].shape for i in places]
+            for i, shape, part in zip(places, shapes, torch.split(whole, [s.numel() for s in shapes]), strict=True):
+                found[i] = part.view(shape)
+        nodes = ctx.next_functions  # of the tensor inputs
+        for i, p in enumerate(ctx.parameters):
+            if found[i] is not None:
+                found[i] = delivered(found, i, p, nodes[i][0])
+        return (None, None, *found)
+
+
+class Region:
+    """The parameters that are read together, and the hooks of the module whose forward reads them."""
+
+    def __init__(self, module: nn.Module, readers: list[Reader], group: TpGroup) -> None:
+        self.module, self.readers, self.group = module, readers, group
+        self.depth = 0  # of nested calls: a module that calls itself reads its parameters once
+        self.installed: list[Slot] = []
+        module.register_forward_pre_hook(self.enter)
+        module.register_forward_hook(self.leave, always_call=True)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook: put the local views in place, unless a region around this one has."""
+        self.depth += 1
+        if self.depth > 1 or not self.readers:
+            return
+        owner, name = self.readers[0].slots[0]
+        if name in owner.__dict__:
+            return
+        grad, rank = torch.is_grad_enabled(), self.group.rank
+        readers: list[Reader] = []
+        parameters: list[Tensor] = []
+        for reader in self.readers:
+            owner, name = reader.slots[0]
+            p: Any = owner._parameters[name]
+            if len(p._spec.placements) != 1:  # FSDP2 has it in pieces
+                self.hand_on()
+                self.depth -= 1
+                return self.enter(module, args)
+            if grad and p.requires_grad:
+                readers.append(reader)
+                parameters.append(p)
+            else:
+                local = p._local_tensor
+                self.install(reader, local if reader.is_plain else reader.read(local, rank))
+        if readers:
+            views = _Read.apply(readers, self.group, *parameters)  # type: ignore[no-untyped-call]
+            for reader, view in zip(readers, views, strict=True):
+                self.install(reader, view)
+        return None
+
+    def install(self, reader: Reader, view: Tensor) -> None:
+        """Let every owner of the parameter see ``view`` under its name."""
+        for slot in reader.slots:
+            slot[0].__dict__[slot[1]] = view
+        self.installed += reader.slots
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, called after exceptions too: take the views out again."""
+        self.depth = max(0, self.depth - 1)
+        if self.depth == 0:
+            for owner, name in self.installed:
+                owner.__dict__.pop(name, None)
+            self.installed.clear()
+
+    def hand_on(self) -> None:
+        """Give the parameters that FSDP2 gathers inside this module to regions at those FSDP modules, for good.
+
+        Raises:
+            UsageError: FSDP2 shards a parameter at a module around this one, which is not running.
+        """
+        inner = {module: set(module.modules()) for module in self.module.modules() if isinstance(module, FSDPModule)}
+        inner.pop(cast(Any, self.module), None)
+        kept: list[Reader] = []
+        moved: dict[nn.Module, list[Reader]] = {}
+        for reader in self.readers:
+            owner, name = reader.slots[0]
+            holders = [module for module, inside in inner.items() if owner in inside]
+            if len(cast(Any, owner._parameters[name])._spec.placements) == 1:
+                kept.append(reader)
+            elif holders:
+                moved.setdefault(min(holders, key=lambda module: len(inner[module])), []).append(reader)
+            else:
+                raise UsageError(
+                    reader.spec.fqn,
+                    "FSDP2 holds it in pieces",
+                    remedy="Call the module that was passed to fully_shard, not a part of it.",
+                )
+        self.readers = kept
+        for module, readers in moved.items():
+            Region(module, readers, self.group)
+
+
+def install_regions(
+    model: nn.Module, blocks: Iterable[str], plan: dict[str, ParameterSpec], group: TpGroup
+) -> list[Region]:
+    """Make the forwards of ``model`` see local tensors. ``store`` has run before; FSDP2's ``fully_shard`` comes after.
+
+    Args:
+        model: All of its parameters are DTensors on the tp mesh.
+        blocks: Paths of modules that read their parameters themselves (decoder layers); the innermost one counts.
+        plan: The spec of every parameter name (``store`` returns it).
+        group: The tensor-parallel group.
+
+    Returns:
+        One region per block; one of the root for the rest; and one per module of the rest, for calls that do not come
+        through the root.
+    """
+    block_set = set(blocks)
+    regions: dict[str, dict[int, Reader]] = {}
+    modules = dict(model.named_modules())
+    for fqn, owner, name, value in owners(model):
+        path = fqn.rpartition(".")[0]
+        block = path
+        while block and block not in block_set:
+            block = block.rpartition(".")[0]
+        for region in {block, block or path}:
+            known = regions.setdefault(region, {})
+            if id(value) in known:
+                known[id(value)].slots.append((owner, name))
+            else:
+                known[id(value)] = Reader(plan[fqn], [(owner, name)], group.rank)
+    return [Region(modules[path], list(readers.values()), group) for path, readers in regions.items()]
