@@ -120,12 +120,20 @@ def _head_dim_factor(dims: set[tuple[int, Fraction]]) -> Fraction:
 
 def _shrink_width(sizes: _Sizes, part: PreTrainedConfig, width: int) -> int:
     """A feature dim: in exact proportion if tied to the hidden size or the heads, else still a multiple as before."""
+    hidden = _hidden(part)
+    if hidden and not _is_tied(part):  # the hidden size is free itself, and its multiples follow
+        return width // hidden * _rounded(sizes, hidden) if width % hidden == 0 else _rounded(sizes, width)
     exact: Fraction = width * sizes.width
-    bases = [base for base in (_hidden(part), _attention_width(part)) if base]
+    bases = [base for base in (hidden, _attention_width(part)) if base]
     if exact.denominator == 1 and any(width % base == 0 or base % width == 0 for base in bases):
         return max(1, int(exact))
+    return _rounded(sizes, width)
+
+
+def _rounded(sizes: _Sizes, width: int) -> int:
+    """About ``width`` in proportion, a multiple of what shares and kernels need (8 per rank) if ``width`` is one."""
     unit = next(u for u in (sizes.unit, 16, 8, 4, 2, 1) if width % u == 0)
-    return min(width, max(1, round(min(exact, Fraction(WIDEST)) / unit)) * unit)
+    return min(width, max(1, round(min(width * sizes.width, Fraction(WIDEST)) / unit)) * unit)
 
 
 def _shrink_vocab(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:

@@ -125,6 +125,17 @@ def test_experts_keep_groups_and_several_per_token() -> None:
     assert deepseek.qk_head_dim == deepseek.qk_nope_head_dim + deepseek.qk_rope_head_dim
 
 
+def test_grouped_matmuls_of_the_small_version_are_aligned_on_every_rank() -> None:
+    """A grouped matmul wants rows of a multiple of 16 bytes, in the shares of 4 ranks too."""
+    for model_type in ("mixtral", "deepseek_v3", "gpt_oss"):
+        config = shrunk(model_type)
+        width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        assert config.hidden_size % 32 == 0 and width % 32 == 0, model_type
+        source = source_from_config(default_config(model_type), small=True, batch=2, seq=8, dtype="bf16")
+        with torch.no_grad():
+            assert torch.isfinite(source.build()(**source.example_inputs).logits).all()
+
+
 def test_the_published_llama_shrinks_with_its_rotary_scaling() -> None:
     source = load_source("examples/configs/llama-3.1-8b.json", small=True)
     config = source.config
