@@ -10,12 +10,12 @@ Hugging Face models are built on the meta device from their configuration alone:
 
 from __future__ import annotations
 
+import copy
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from colrow.cost_models.errors import SourceError
 
+from .configurations import default_config, first_line, read_config, refuse_quantised
 from .example_inputs import Phase, example_inputs, usable_seq
 from .head_class import head_class
 from .random_weights import randomize
@@ -90,17 +91,24 @@ def load_source(
     Raises:
         SourceError: The source is missing, unreadable, quantised or not a model; each message says what to do.
     """
+    notes: tuple[str, ...] = ()
     if dtype not in DTYPES:
         raise SourceError("--dtype", "unknown dtype", got=dtype, need=" | ".join(DTYPES))
     if source.startswith("hf:"):
         config = default_config(source.removeprefix("hf:"))
         name, checkpoint = source.removeprefix("hf:"), None
     elif _is_path(source):
-        path = Path(source)
+        path = Path(source).expanduser()
         config = read_config(path, trust_remote_code=trust_remote_code)
         name = path.resolve().stem if path.is_file() and path.name != "config.json" else _folder_name(path)
         checkpoint = path if path.is_dir() and any(path.glob("*.safetensors")) else None
+        if checkpoint is None and path.is_dir() and any(path.glob("pytorch_model*.bin")):
+            notes = ("only pickled weights (pytorch_model*.bin) here: not read; save them as safetensors to run them",)
     elif ":" in source:
+        if small:
+            raise SourceError(
+                source, "only a Hugging Face configuration has a small version", remedy="Let a factory make a small model."
+            )
         return _from_factory(source, phase, context or 0)
     else:
         raise SourceError(
@@ -109,7 +117,7 @@ def load_source(
             need="a model directory, a config.json, hf:MODEL_TYPE or package.module:factory",
             remedy="Models of the Hub are not downloaded: pass the directory they were downloaded to.",
         )
-    return source_from_config(
+    loaded = source_from_config(
         config,
         name=name,
         phase=phase,
@@ -122,6 +130,7 @@ def load_source(
         checkpoint=checkpoint,
         trust_remote_code=trust_remote_code,
     )
+    return replace(loaded, notes=loaded.notes + notes)
 
 
 def source_from_config(
@@ -163,14 +172,14 @@ def source_from_config(
         except Exception as error:  # the configuration's own code: anything can come out of it
             raise SourceError(
                 f"configuration of {model_type}",
-                f"{cls.__name__} cannot be built from it: {type(error).__name__}: {_first_line(error)}",
+                f"{cls.__name__} cannot be built from it: {type(error).__name__}: {first_line(error)}",
                 remedy="Complete the configuration, or pass package.module:factory.",
             ) from error
         return _traceable(model, DTYPES[dtype]).train(phase == "train")
 
     def build() -> nn.Module:
         if checkpoint is not None:
-            model: nn.Module = cls.from_pretrained(str(checkpoint), config=_copy(config), dtype=DTYPES[dtype])
+            model = _load_weights(cls, _copy(config), checkpoint, DTYPES[dtype])
             return _traceable(model, DTYPES[dtype]).train(phase == "train")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
@@ -188,69 +197,24 @@ def source_from_config(
     return Source(name or model_type, model, inputs, build, config, checkpoint, cached, notes)
 
 
-def default_config(model_type: str) -> PreTrainedConfig:
-    """Return the default configuration of a transformers model type.
-
-    Raises:
-        SourceError: The type is unknown, or its defaults are not a complete configuration.
-    """
-    _require_transformers(f"hf:{model_type}")
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        import difflib
-
-        close = difflib.get_close_matches(model_type.replace("-", "_"), CONFIG_MAPPING.keys(), n=3)
-        hint = f"Did you mean {', '.join('hf:' + c for c in close)}?" if close else ""
-        raise SourceError(
-            f"hf:{model_type}", "unknown model type", need="a model_type of the installed transformers", remedy=hint
-        )
+def _load_weights(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, checkpoint: Path, dtype: torch.dtype
+) -> nn.Module:
+    """The model with the weights saved in a directory; transformers would make up those it does not find."""
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type]()
-    except Exception as error:  # see construct() above
+        loaded: Any = cls.from_pretrained(str(checkpoint), config=config, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # a missing file, a truncated one, a tensor of another shape: each raises its own
+        wrong = f"its weights cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        raise SourceError(str(checkpoint), wrong, remedy="Download or save the checkpoint again.") from error
+    model: nn.Module = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
         raise SourceError(
-            f"hf:{model_type}",
-            f"its default configuration is not usable: {type(error).__name__}: {_first_line(error)}",
-            remedy="Pass a complete config.json of this type.",
-        ) from error
-    return config
-
-
-def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Read the Hugging Face configuration at ``path``, a JSON file or a directory holding ``config.json``.
-
-    Raises:
-        SourceError: It is missing, not JSON, not a model's, quantised, or needs remote code.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise SourceError(str(file), "no such file", need="a model directory or a config.json")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(str(file), f"not readable as JSON: {_first_line(error)}") from error
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise SourceError(
-            str(file), "no model_type in it", need="the config.json of a Hugging Face model", remedy="Add model_type."
+            str(checkpoint),
+            f"{len(missing)} tensors are missing from its weights",
+            got=f"none for {missing[0]}",
+            remedy="Download or save the checkpoint again.",
         )
-    _refuse_quantised(str(file), content)
-    _require_transformers(str(file))
-    from transformers import AutoConfig
-
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(path), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # unknown types, bad values and remote code all raise their own
-        remote = "auto_map" in content and not trust_remote_code
-        raise SourceError(
-            str(file),
-            f"transformers cannot load it: {type(error).__name__}: {_first_line(error)}",
-            remedy="It ships its own code: read that code, then ask for it to be trusted (trust_remote_code)."
-            if remote
-            else "Compare it with the configuration class of its model_type.",
-        ) from error
-    return config
+    return model
 
 
 def _from_factory(source: str, phase: Phase, context: int) -> Source:
@@ -265,7 +229,7 @@ def _from_factory(source: str, phase: Phase, context: int) -> Source:
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise SourceError(
             source,
-            f"cannot be imported: {type(error).__name__}: {_first_line(error)}",
+            f"cannot be imported: {type(error).__name__}: {first_line(error)}",
             need="package.module:factory, importable from the current folder",
         ) from error
     if not callable(factory):
@@ -277,11 +241,11 @@ def _from_factory(source: str, phase: Phase, context: int) -> Source:
             try:
                 made = factory()
             except Exception as error:
-                wrong = f"the factory raised {type(error).__name__}: {_first_line(error)}"
+                wrong = f"the factory raised {type(error).__name__}: {first_line(error)}"
                 raise SourceError(source, wrong, remedy="It is called without arguments.") from error
         match made:
             case (nn.Module() as model, dict() | tuple() | list() as inputs):
-                _refuse_quantised(source, getattr(model, "config", None))
+                refuse_quantised(source, getattr(model, "config", None))
                 return model.train(phase == "train"), inputs if isinstance(inputs, dict) else tuple(inputs)
         raise SourceError(
             source,
@@ -323,34 +287,7 @@ def _traceable(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _copy(config: PreTrainedConfig) -> PreTrainedConfig:
     """A deep copy: building a model writes dtype and implementations into its configuration."""
-    import copy
-
     return copy.deepcopy(config)
-
-
-def _refuse_quantised(where: str, config: Any) -> None:
-    quantisation = config.get("quantization_config") if isinstance(config, dict) else None
-    quantisation = quantisation or getattr(config, "quantization_config", None)
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else type(quantisation).__name__
-        raise SourceError(
-            where,
-            "quantised weights are not supported",
-            got=f"quantization_config ({method})",
-            need="a model in bf16, fp16 or fp32",
-            remedy="Plan the unquantised model: remove quantization_config, or use the original checkpoint.",
-        )
-
-
-def _require_transformers(where: str) -> None:
-    try:
-        importlib.import_module("transformers")
-    except ImportError as error:
-        raise SourceError(
-            where,
-            f"Hugging Face models need transformers: {_first_line(error)}",
-            remedy="Install the hf extra: pip install 'colrow[hf]'.",
-        ) from error
 
 
 def _is_path(source: str) -> bool:
@@ -359,7 +296,3 @@ def _is_path(source: str) -> bool:
 
 def _folder_name(path: Path) -> str:
     return (path if path.is_dir() else path.parent).resolve().name
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import BartForConditionalGeneration, CLIPModel, WhisperForConditionalGeneration
 
+from colrow.planner.configurations import default_config
 from colrow.planner.shrink import configs_in, small_config
-from colrow.planner.sources import default_config, load_source, source_from_config
+from colrow.planner.sources import load_source, source_from_config
 
 # The class that holds both halves of a type whose head class is only one of them.
 WHOLE = {

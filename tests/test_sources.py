@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from colrow.cost_models.errors import SourceError
 from colrow.planner import sources
+from colrow.planner.configurations import default_config
 from colrow.planner.example_inputs import example_inputs, usable_seq
 from colrow.planner.head_class import head_class
 from colrow.planner.random_weights import persistent_buffers, randomize
-from colrow.planner.sources import default_config, load_source, source_from_config
+from colrow.planner.sources import load_source, source_from_config
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -76,6 +78,35 @@ def test_a_model_directory_builds_the_saved_weights(checkpoint: Path) -> None:
     saved = load_source("hf:llama", small=True, dtype="fp32").build().state_dict()
     built = source.build().state_dict()
     assert saved.keys() == built.keys() and all(torch.equal(saved[name], built[name]) for name in saved)
+
+
+def test_tied_weights_are_not_missing_from_a_checkpoint(tmp_path: Path) -> None:
+    dense = load_source("hf:gpt2", small=True, dtype="fp32").build()
+    dense.save_pretrained(tmp_path)
+    loaded = load_source(str(tmp_path), dtype="fp32").build()
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(loaded.lm_head.weight, dense.lm_head.weight)
+
+
+def test_a_checkpoint_with_a_missing_or_misshapen_tensor_is_not_made_up(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in whole.items() if key != name}, file, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=f"1 tensors are missing .*got none for {name}"):
+        load_source(str(checkpoint), dtype="fp32").build()
+    save_file({**whole, name: whole[name][:, 1:].contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        load_source(str(checkpoint), dtype="fp32").build()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        load_source(str(checkpoint), dtype="fp32").build()
+
+
+def test_pickled_weights_are_named_as_not_read(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    source = load_source(str(checkpoint))
+    assert source.checkpoint is None and "pytorch_model" in source.notes[0]
 
 
 def test_a_config_file_inside_a_directory_has_the_directorys_name(checkpoint: Path) -> None:
@@ -190,6 +221,12 @@ def test_a_factory_in_the_current_folder(cwd: Path) -> None:
     assert first is not second and torch.equal(first[0].weight, second[0].weight)
     assert torch.equal(first[0].weight, source.model[0].weight)
     assert set(load_source("mymodels:keywords").example_inputs) == {"input"}
+
+
+def test_a_factory_is_not_shrunk_silently(cwd: Path) -> None:
+    (cwd / "mymodels.py").write_text(FACTORY)
+    with pytest.raises(SourceError, match="small version"):
+        load_source("mymodels:model", small=True)
 
 
 @pytest.mark.parametrize(
