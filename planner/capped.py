@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import floor, log2
+from math import ceil, floor, log2
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from .elimination import decode, eliminate
 from .factor_graph import INFEASIBLE, Factor, Problem, Solution, Table, evaluate, intern_tables, memory_of
 from .group_folding import Graph, as_terms, fold, unfold
 from .labels import LabelTables, TooManyLabels
-from .milp import solve_ilp
+from .milp import MEMORY_SLACK, solve_ilp
 from .ordering import schedule
 from .presolve import ascending, reduce_domains
 from .uncapped import solve_uncapped
@@ -33,7 +33,7 @@ from .uncapped import solve_uncapped
 _LABEL_ENTRIES = 1 << 20  # entries of a joined label table; more means HiGHS
 _PRICE_BITS = 24  # of a price: 0.1 ppm; fewer where price times cap would not fit int64
 _BEAMS = (1 << 10, 1 << 14, 1 << 18)  # labels per join: a first pass finds good solutions, the next prove them
-_CANDIDATES = 20  # of HiGHS that may pass the cap by less than its tolerance before it is left
+_CANDIDATES = 5  # of HiGHS that may pass the cap by its slack before a lower cap is tried
 _PRICE_STEPS = 60  # Handler and Zang's iteration ends by itself; this only bounds it
 
 
@@ -194,7 +194,7 @@ def _labelled(problem: Problem, best: _Best, max_table_entries: int, beam: int) 
     eliminated = eliminate(outside, problem.sizes, tables, order)
     costs, _, parents = outside.front([table for _, _, table in eliminated.leftovers])
     lost = min(inside.lost, outside.lost + cost_offset)
-    if not costs.size:
+    if not costs.size or int(costs[0]) + cost_offset >= best.cost:
         return replace(best, lower_bound=max(best.lower_bound, min(best.cost, lost)))
     chosen = {number: int(parent[0]) for (number, _, _), parent in zip(eliminated.leftovers, parents, strict=True)}
     assignment = dict.fromkeys(variables, 0)
@@ -218,15 +218,18 @@ def _ilp(problem: Problem, best: _Best, time_limit_s: float | None) -> _Best:
     everything = range(len(problem.sizes))
     reduced = reduce_domains(problem.sizes, as_terms(graph, range(len(graph.factors))), everything)
     cap = _cap(problem) - memory_offset - reduced.memory_offset
+    heaviest = max(int(term.memory.max()) for term in reduced.terms if term.memory is not None)
+    strict = cap - ceil(2 * MEMORY_SLACK * heaviest)
     excluded: list[dict[int, int]] = []
-    for _ in range(_CANDIDATES):
+    for attempt in range(_CANDIDATES + 1):
+        tried = cap if attempt < _CANDIDATES else strict  # the last one fits, but bounds nothing
         found = solve_ilp(
-            reduced.sizes, reduced.terms, time_limit_s=time_limit_s, memory_cap=cap, excluded=excluded
+            reduced.sizes, reduced.terms, time_limit_s=time_limit_s, memory_cap=tried, excluded=excluded
         )
-        if found.infeasible:
-            return replace(best, lower_bound=best.cost)
-        bound = max(best.lower_bound, cost_offset + reduced.cost_offset + found.lower_bound)
-        best = replace(best, lower_bound=min(bound, best.cost))
+        bound = best.lower_bound
+        if tried == cap:
+            bound = max(bound, cost_offset + reduced.cost_offset + found.lower_bound)
+            best = replace(best, lower_bound=best.cost if found.infeasible else min(bound, best.cost))
         if found.values is None:
             return best
         values = found.values
@@ -236,5 +239,5 @@ def _ilp(problem: Problem, best: _Best, time_limit_s: float | None) -> _Best:
             if cost < best.cost:
                 best = replace(best, assignment=assignment, cost=cost, lower_bound=min(bound, cost), method="ilp")
             return best
-        excluded.append(values)  # over the cap by less than HiGHS' tolerance
+        excluded.append(values)
     return best

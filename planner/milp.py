@@ -29,6 +29,7 @@ from .factor_graph import INFEASIBLE
 from .presolve import Term
 
 _LARGEST_COEFFICIENT = 1e6  # HiGHS' absolute tolerances (1e-7 dual, 1e-6 gap) assume moderate coefficients
+MEMORY_SLACK = 1e-5  # by which a candidate may pass the cap, in units of the largest weight
 _INFEASIBLE = 2  # scipy's OptimizeResult.status
 
 
@@ -91,10 +92,9 @@ def solve_ilp(
     constraints = [LinearConstraint(matrix, right, right)]
     if memory_cap is not None:
         scale = max(1.0, float(weight.max(initial=0)))
-        # Rounding must not cut off what fits: half a byte, the row's float error and HiGHS' tolerance (1e-6 of the
-        # largest weight) let a little too much through; the caller re-checks and excludes.
-        slack = 0.5 + 1e-12 * float(weight.sum())
-        constraints.append(LinearConstraint(weight[None] / scale, -np.inf, (memory_cap + slack) / scale))
+        # HiGHS' cuts are wrong about sums within its tolerance (1e-6) of the cap: it called assignments 1e-8 below the
+        # cap infeasible (scipy 1.17.1, 2026-11). So the row lets a little too much through; callers re-check.
+        constraints.append(LinearConstraint(weight[None] / scale, -np.inf, memory_cap / scale + MEMORY_SLACK))
     for barred in excluded:
         cut = np.zeros((1, columns))
         cut[0, [first[v] + barred[v] for v in variables]] = 1
