@@ -221,32 +221,26 @@ def as_dense(value: DTensor, spec: ParameterSpec) -> DTensor:
 def as_stored(value: Tensor, spec: ParameterSpec, like: DTensor, fqn: str) -> Tensor:
     """A dense tensor or dense DTensor, stored as ``like`` is; one of another shape is left for torch to report.
 
-    ``set_model_state_dict(full_state_dict=True)`` writes DTensor's blocks of the dense tensor into the parameter
-    itself and hands that in: it bears the stored shape and holds the dense order, cut to its length. That is undone
-    here where blocks allow it.
+    Raises:
+        UsageError: ``set_model_state_dict(broadcast_from_rank0=True)`` has cut the dense tensor into a padded
+            parameter.
     """
     shape = spec.dense_shape(like.shape)
-    with torch.no_grad():
-        if isinstance(value, DTensor):
-            if value.shape == like.shape and shape != like.shape:
-                dim, layout = cast(tuple[int, Layout], spec.split)
-                if -(-layout.size // layout.ranks) != layout.local or value.device_mesh.ndim != 1:
-                    raise UsageError(
-                        fqn,
-                        "torch cannot load a full state dict into a padded parameter",
-                        got=tuple(shape),
-                        need=f"blocks of {layout.local}",
-                        remedy="Call model.load_state_dict with the dense tensors instead.",
-                    )
-                value = value.full_tensor().narrow(dim, 0, layout.size)
-            elif spec.encoding != "reordered" and (value.device_mesh, value.placements) == (
-                like.device_mesh,
-                like.placements,
-            ):
-                return value
-            else:
-                value = value.full_tensor()
-        if value.shape != shape:
+    if isinstance(value, DTensor):
+        if value.shape == like.shape != shape:  # no state dict of ours; torch writes its own blocks into the parameter
+            raise UsageError(
+                fqn,
+                "torch cannot broadcast a state dict into a padded parameter",
+                got=tuple(value.shape),
+                need=tuple(shape),
+                remedy="Load without broadcast_from_rank0, or call model.load_state_dict with dense tensors.",
+            )
+        stored_alike = (value.device_mesh, value.placements) == (like.device_mesh, like.placements)
+        if spec.encoding != "reordered" and stored_alike:
             return value
-        stored = spec.stored(value.to(like.device))
+    with torch.no_grad():
+        dense = value.full_tensor() if isinstance(value, DTensor) else value
+        if dense.shape != shape:
+            return value
+        stored = spec.stored(dense.to(like.device))
         return distribute_tensor(stored, like.device_mesh, like.placements, src_data_rank=None)
