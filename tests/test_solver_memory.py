@@ -60,7 +60,7 @@ def test_caps_equal_enumeration(route: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_cap_that_does_not_bind_changes_nothing() -> None:
-    problem = random_problem(2, memory=True)
+    problem = random_problem(1, memory=True)
     free = solve(problem)
     assert solve(replace(problem, memory_cap=free.memory)) == free
 
