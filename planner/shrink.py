@@ -163,13 +163,14 @@ def _shrink_window(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
 Rule = Callable[[_Sizes, Any, int], int]
 KEPT = r"^_|token|label|kernel|stride|state|conv_(?!dim)|bucket|chunk_size_feed|type_vocab|num_mel|patch_size|expand"
 HEADS = r"(^|_)n?_?heads?(_kv)?$|(^|_)heads?_(count|per)|^n_head|num_\w*heads$"
-HEAD_DIM = r"head_(dim|size)$|(^|_)d_head$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$"
-OWN_HEADS = r"^(mamba|linear|ssm|index)"  # of another mixer than attention, which may stand beside it
+HEAD_DIM = r"head_(dim|size)$|(^|_)d_head$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$|^rotary_dim$"
+OWN_HEADS = r"^(mamba|linear|ssm|index|rotary)"  # not attention's own: of a mixer beside it, or a part of its head dim
 RULES: tuple[tuple[str, Rule], ...] = (
     (KEPT, lambda sizes, part, value: value),
     (r"vocab", _shrink_vocab),
     (HEAD_DIM, _scale_head_dim),
     (HEADS, _scale_heads),
+    (r"(^|_)n_groups$", _scale_heads),  # of heads that share a state, as kv heads are shared
     (r"^image_size$", _shrink_image),
     (r"^sliding_window$|^attention_chunk_size$|^attention_window$", _shrink_window),
     (r"window|image|pool_size|group_size|num_|^n_(?!embd|inner|ctx)", lambda sizes, part, value: value),

@@ -106,9 +106,8 @@ def load_source(
             notes = ("only pickled weights (pytorch_model*.bin) here: not read; save them as safetensors to run them",)
     elif ":" in source:
         if small:
-            raise SourceError(
-                source, "only a Hugging Face configuration has a small version", remedy="Let a factory make a small model."
-            )
+            wrong = "only a Hugging Face configuration has a small version"
+            raise SourceError(source, wrong, remedy="Let a factory make a small model.")
         return _from_factory(source, phase, context or 0)
     else:
         raise SourceError(

@@ -25,7 +25,8 @@ VERIFIED = (
 ).split()
 # Other structures. Twelve query heads per kv head (glm4_moe) and eight layers to a period (jamba) take their room.
 OTHERS = (
-    "qwen2_moe gemma3_text glm4 glm4_moe cohere2 jamba granitemoehybrid qwen3_5 phi swin swinv2 deberta-v2 wav2vec2"
+    "qwen2_moe gemma3_text glm4 glm4_moe cohere2 jamba granitemoehybrid qwen3_5 phi gptj mamba2 swin swinv2 deberta-v2 "
+    "wav2vec2"
 ).split()
 TYPES = [*VERIFIED, *OTHERS]
 
