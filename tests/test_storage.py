@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from split_model import cotangent, dense_model, inputs, specs
+from split_model import cotangent, dense_model, inputs
 from test_regions import split, views
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -75,7 +75,8 @@ def test_torch_distributes_a_full_state_dict(size):
 
 
 @pytest.mark.parametrize(
-    ("layout", "works"), [(joined((balanced(6, 3), balanced(3, 3))), True), (balanced(7, 3), False), (balanced(8, 3), False)]
+    ("layout", "works"),
+    [(joined((balanced(6, 3), balanced(3, 3))), True), (balanced(7, 3), False), (balanced(8, 3), False)],
 )
 def test_torch_broadcasts_a_full_state_dict(layout, works):
     """It writes its own blocks into the parameter: right, or refused, even where one row would fill a padded block."""
@@ -127,8 +128,9 @@ def test_reshard_2_3_4(tmp_path):
     """Distributed checkpoints move between group sizes, whatever the encodings at each."""
 
     def save(folder):
-        dcp.save({"model": get_model_state_dict(split(copy.deepcopy(DENSE), dist.get_world_size()))},
-        checkpoint_id=folder)
+        dcp.save(
+            {"model": get_model_state_dict(split(copy.deepcopy(DENSE), dist.get_world_size()))}, checkpoint_id=folder
+        )
 
     def load_and_save(source, target):
         model = zeroed(split(copy.deepcopy(DENSE), dist.get_world_size()))
@@ -226,8 +228,7 @@ def test_encodings_invert(size, dim):
             assert all(torch.equal(block, dense) for block in blocks)
         else:
             assert torch.equal(torch.cat(blocks, dim), stored)
-        assert all(b.is_contiguous() and b.untyped_storage().nbytes() == b.nbytes for b in blocks), "no view of the
-        whole"
+        assert all(b.is_contiguous() and b.untyped_storage().nbytes() == b.nbytes for b in blocks), "a view"
 
 
 def test_meta_stays_meta():
@@ -235,8 +236,8 @@ def test_meta_stays_meta():
         with torch.device("meta"):
             model = split(dense_model(), 3)
         assert all(p.is_meta for p in model.parameters())
-        assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in
-        STATE.items()} spec = ParameterSpec("p", 0, balanced(7, 3)) assert parameter(torch.empty(3, 2, device="meta"),
-        spec, tp_mesh(None)).shape == (9, 2)
+        assert [value.shape for value in model.state_dict().values()] == [value.shape for value in STATE.values()]
+        spec = ParameterSpec("p", 0, balanced(7, 3))
+        assert parameter(torch.empty(3, 2, device="meta"), spec, tp_mesh(None)).shape == (9, 2)
 
     run_ranks(run, 3)
