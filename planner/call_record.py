@@ -17,11 +17,13 @@ import torch.nn as nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 
+from . import folding
+
 TAG = "colrow_call"
 _MODULE_CALL = nn.Module._call_impl.__code__
 _TORCH = torch.__path__[0]
 _LAYERS = f"{_TORCH}/nn/modules/"
-_OWN = __file__
+_OWN = (__file__, folding.__file__)
 
 
 class Measured(int):
@@ -127,7 +129,8 @@ def _caller() -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:
         if code is _MODULE_CALL:
             return frame.f_locals["self"], tuple(reversed(chain))
         file = code.co_filename
-        if chain or not (file == _OWN or (file.startswith(_TORCH) and not file.startswith(_LAYERS))):
+        internal = file.startswith(_TORCH) and not file.startswith(_LAYERS)
+        if file not in _OWN and (chain or not internal):
             chain.append((code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return None, ()

@@ -11,6 +11,7 @@ import torch.fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .blocks import block_paths
 from .call_record import TAG, RawCall
 from .folding import Folding
 from .graph import Block, Call, Graph, Node, Ref
@@ -62,7 +63,7 @@ class _Lifting:
         self.leaf_index: dict[str, int] = {}
         self.open_blocks: dict[str, tuple[int, int, list[int]]] = {}
         self.templates: dict[str, tuple[int, int, list[int], list[int], int]] = {}
-        self.block_starts = _block_paths(model)
+        self.block_starts = block_paths(model)
 
     def run(self) -> Graph:
         names = iter(self.leaf_names)
@@ -256,16 +257,6 @@ def _module_path(node: torch.fx.Node) -> str:
 
 def _is_fx(leaf: Any) -> bool:
     return isinstance(leaf, torch.fx.Node)
-
-
-def _block_paths(model: nn.Module) -> list[str]:
-    """Paths of all blocks: direct children of a ModuleList or Sequential with two or more modules."""
-    return [
-        f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
-        for child, _ in module.named_children()
-    ]
 
 
 def _record_blocks(graph: Graph, paths: list[str], templates: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .blocks import outermost
 from .graph import Graph, Node, numel
 from .placement import WHOLE
 from .pricing import VIEWS
@@ -46,11 +47,7 @@ def canonical(graph: Graph) -> dict[int, int]:
 
 def outer_blocks(graph: Graph) -> list[str]:
     """Paths of blocks that lie in no other block."""
-    outer: list[str] = []
-    for block in graph.blocks:
-        if not any(block.fqn.startswith(f"{path}.") for path in outer):
-            outer.append(block.fqn)
-    return outer
+    return outermost(block.fqn for block in graph.blocks)
 
 
 class BlockOf:

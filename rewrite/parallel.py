@@ -1,0 +1,123 @@
+"""Stage 7: a plan applied to a model. The model keeps its classes, its names and its own forward, edited where the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from colrow.cost_models.errors import PlanFileError, UsageError
+from colrow.planner.blocks import block_paths, outermost
+from colrow.planner.edits import CallEdit, ParameterEdit
+from colrow.planner.moves import Move
+from colrow.planner.plan_model import Plan
+from colrow.planner.sites import Frame, Site
+
+from .bodies import edit_module
+from .clones import Replacement
+from .collectives import apply_move
+from .groups import TpGroup, group_of, tp_mesh
+from .regions import install_regions
+from .replacements import replacement
+from .storage import ParameterSpec, store
+
+
+def parallelize(
+    model: nn.Module, plan: Plan, mesh: DeviceMesh | None = None, checkpoint: str | Path | None = None
+) -> nn.Module:
+    """Rewrites ``model`` in place into this rank's part of the planned tensor-parallel model, and returns it.
+
+    Args:
+        model: Dense with equal values on every rank, or on meta together with ``checkpoint``.
+        plan: Made for this model.
+        mesh: Its dim named "tp", else a 1-D mesh; None: the default process group.
+        checkpoint: Directory of safetensors files; only this rank's slices are read.
+
+    Raises:
+        UsageError: No group, or one of another size; a model that is dispatched, quantised or rewritten already.
+        PlanFileError: The plan was made for another model.
+        SourceError: A tensor of the checkpoint is missing or misshapen.
+        ValidationError: The rewritten model is not the planned one.
+    """
+    axis, group = tp_mesh(mesh), group_of(mesh)
+    if group.size != plan.tp:
+        raise UsageError(
+            "mesh",
+            "the plan was made for another number of ranks",
+            got=group.size,
+            need=plan.tp,
+            remedy=f"Plan with tp={group.size}, or start {plan.tp} ranks.",
+        )
+    _refuse_unsuitable(model)
+    check_same_model(model, plan)
+    specs = [spec_of(p.edit) for p in plan.parameters]
+    stored = store(model, specs, axis)
+    edit_bodies(model, plan.calls, group)
+    install_regions(model, outermost(block_paths(model)), stored, group)
+    if plan.inputs:
+        model.register_forward_pre_hook(InputGradients(plan.inputs, group), with_kwargs=True)
+    return model
+
+
+class InputGradients:
+    """Pre-hook of the model: inputs that want a gradient get the sum of the ranks' partial ones."""
+
+    def __init__(self, names: tuple[str, ...], group: TpGroup) -> None:
+        self.names, self.group = frozenset(names), group
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Copies such inputs; nothing is done, or sent, for inputs without gradients."""
+        del module
+        named = [*enumerate(args), *kwargs.items()]
+        if not any(isinstance(v, Tensor) and v.requires_grad for _, v in named):
+            return None
+        moved = {key: apply_move(v, _COPY, self.group) if str(key) in self.names else v for key, v in named}
+        return tuple(moved[i] for i in range(len(args))), {key: moved[key] for key in kwargs}
+
+
+_COPY = Move("identity", "all_reduce")
+
+
+def _refuse_unsuitable(model: nn.Module) -> None:
+    where = type(model).__name__
+    if getattr(model, "hf_device_map", None):
+        raise UsageError(where, "the model is dispatched by a device_map", remedy="Load it without device_map.")
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise UsageError(where, "the weights are quantised", remedy="Load them in a floating-point dtype.")
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise UsageError(where, "the model is parallel already", remedy="Build it anew.")
+
+
+def edit_bodies(model: nn.Module, calls: Mapping[Site, CallEdit], group: TpGroup) -> None:
+    """Edits every forward the plan names."""
+    by_module: dict[str, dict[tuple[Frame, ...], Replacement]] = {}
+    for site, edit in calls.items():
+        by_module.setdefault(site.module, {})[site.frames] = replacement(str(site.frames[-1]), edit, group)
+    for path, edits in by_module.items():
+        edit_module(model.get_submodule(path), edits)
+
+
+def spec_of(edit: ParameterEdit) -> ParameterSpec:
+    """The storage's view of a parameter edit."""
+    return ParameterSpec(edit.fqn, edit.dim, edit.layout, edit.partial_grad, edit.lifted)
+
+
+def check_same_model(model: nn.Module, plan: Plan) -> None:
+    """Refuses a plan of another model.
+
+    Raises:
+        PlanFileError: Names, shapes or ties differ.
+    """
+    have = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    want = {p.edit.fqn: p.shape for p in plan.parameters}
+    for name in sorted(set(want) - set(have)):
+        raise PlanFileError(name, "the plan has a parameter that the model lacks", remedy="Plan this model again.")
+    for name, shape in want.items():
+        if have[name] != shape:
+            raise PlanFileError(
+                name, "the plan was made for another shape", got=have[name], need=shape, remedy="Plan this model again."
+            )

@@ -1,0 +1,144 @@
+"""What stands in an edited body where a call expression stood.
+
+A replacement is compared by value, so that blocks with equal edits share one edited class; whatever differs between ranks (the group) is part
+of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.cost_models.errors import ValidationError
+from colrow.planner.edits import CallEdit, OperatorEdit
+from colrow.planner.moves import Move
+
+from .clones import Replacement
+from .collectives import apply_move
+from .groups import TpGroup
+from .vocab import mean_of_shard, vocab_parallel_embedding
+
+
+@dataclass(frozen=True)
+class MovedResult:
+    """The call as it is; its result is moved."""
+
+    move: Move
+    group: TpGroup
+
+    def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``move(func(...))``."""
+        return apply_move(func(*args, **kwargs), self.move, self.group)
+
+
+@dataclass(frozen=True)
+class EditedCall:
+    """The general form: arguments moved, literals made local, the operator replaced, the result moved."""
+
+    where: str
+    edit: CallEdit
+    group: TpGroup
+
+    def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the local form of ``func(*args, **kwargs)``."""
+        edit = self.edit
+        if edit.arguments or edit.integers:
+            leaves = iter(range(1 << 30))
+            moves = dict(edit.arguments)
+            literals = {leaf: (wanted, local) for leaf, wanted, local in edit.integers}
+            args, kwargs = self._changed((args, kwargs), leaves, moves, literals)
+        result = self._operator(func, args, kwargs) if edit.operator is not None else func(*args, **kwargs)
+        return result if edit.result is None else apply_move(result, edit.result, self.group)
+
+    def _changed(
+        self, tree: Any, leaves: Iterator[int], moves: dict[int, Move], literals: dict[int, tuple[int, int]]
+    ) -> Any:
+        """The arguments with their planned leaves changed; leaves count as in `planner.call_record.flat`."""
+        if isinstance(tree, (tuple, list)):
+            changed = [self._changed(item, leaves, moves, literals) for item in tree]
+            return changed if isinstance(tree, list) else tuple(changed)
+        if isinstance(tree, dict):
+            return {key: self._changed(value, leaves, moves, literals) for key, value in tree.items()}
+        if isinstance(tree, slice):
+            return slice(
+                *(self._changed(bound, leaves, moves, literals) for bound in (tree.start, tree.stop, tree.step))
+            )
+        leaf = next(leaves)
+        if leaf in moves:
+            return apply_move(tree, moves[leaf], self.group)
+        if leaf in literals:
+            wanted, local = literals[leaf]
+            if tree == -1 or tree == local:
+                return tree
+            if tree != wanted:
+                raise ValidationError(self.where, "a literal changed since the plan was made", got=tree, need=wanted)
+            return local
+        return tree
+
+    def _operator(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operator = self.edit.operator
+        assert operator is not None
+        match operator.name:
+            case "vocab_embedding":
+                return _vocab_embedding(operator, self.group, *args, **kwargs)
+            case "mean_of_shard":
+                return _mean_of_shard(operator, self.group, *args, **kwargs)
+            case "rank_random":
+                return _rank_random(self.group, func, args, kwargs)
+
+
+def replacement(where: str, edit: CallEdit, group: TpGroup) -> Replacement:
+    """The cheapest form of an edit."""
+    if edit.result is not None and not (edit.arguments or edit.integers or edit.operator):
+        return MovedResult(edit.result, group)
+    return EditedCall(where, edit, group)
+
+
+def _vocab_embedding(
+    operator: OperatorEdit,
+    group: TpGroup,
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``F.embedding`` on split rows. (``torch.embedding`` takes the weight first.)"""
+    del norm_type
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise ValidationError("embedding", "max_norm, scale_grad_by_freq and sparse are not available on split rows")
+    if weight.dtype in (torch.int64, torch.int32):
+        ids, weight = weight, ids
+    assert operator.layout is not None
+    return vocab_parallel_embedding(ids, weight, operator.layout, group, padding_idx)
+
+
+def _mean_of_shard(
+    operator: OperatorEdit,
+    group: TpGroup,
+    x: Tensor,
+    dim: int | list[int] | tuple[int, ...] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    assert operator.layout is not None
+    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    source = x if dtype is None else x.to(dtype)
+    return mean_of_shard(source, dims, operator.dim, operator.layout, group, keepdim)
+
+
+def _rank_random(group: TpGroup, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Draws differently on every rank, and leaves the common random state as one draw would have on any rank."""
+    device = args[0].device
+    devices = [device] if device.type == "cuda" else []
+    seed = int(torch.randint(1 << 62, (), dtype=torch.int64).item())  # the same on every rank
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed((seed + group.rank) % (1 << 63))
+        return func(*args, **kwargs)
