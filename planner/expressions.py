@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from colrow.cost_models.errors import ValidationError
 
@@ -139,17 +141,23 @@ def _stands_at(node: ast.expr | ast.stmt) -> Iterator[Span]:
 def can_edit(frames: tuple[Frame, ...]) -> str | None:
     """Why a call at this chain cannot be replaced in its source; None where it can."""
     try:
-        chain = steps(frames)
-        for step in chain[:-1]:
-            node = _checked(step)
-            if not isinstance(node, ast.Call):
-                raise ValidationError(
-                    f"{step.key[0]}:{step.span[0]}", "reached through an operator, not through a call"
-                )
-        check_kind(chain[-1], _checked(chain[-1]))
+        editable_steps(frames)
     except ValidationError as error:
         return str(error)
     return None
+
+
+def editable_steps(frames: tuple[Frame, ...]) -> tuple[Step, ...]:
+    """The chain as functions with source of their own.
+
+    Raises:
+        ValidationError: A call at this chain cannot be replaced.
+    """
+    chain = steps(frames)
+    for step, inner in pairwise(chain):
+        check_call(step, _checked(step), inner)
+    check_kind(chain[-1], _checked(chain[-1]))
+    return chain
 
 
 @lru_cache(maxsize=65536)
@@ -159,6 +167,21 @@ def _checked(step: Step) -> Expression:
         if key_of(function.__code__) == step.key:
             path_of(function.__code__)  # raises where the source has changed since
     return node
+
+
+def check_call(step: Step, node: Expression, inner: Step) -> None:
+    """Refuses expressions that lead on to ``inner`` in another way than by calling it.
+
+    Raises:
+        ValidationError: An operator, a constructor, a context manager, a builtin that calls back, an autograd function.
+    """
+    name = inner.key[1].rpartition(".")[2]
+    builtin = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and hasattr(builtins, node.func.id)
+    applied = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "apply"
+    implicit = name.startswith("__") and name.endswith("__") and name != "__call__"
+    if not isinstance(node, ast.Call) or implicit or builtin or (applied and name != "apply"):
+        wrong = f"{inner.key[1]} is not called by {ast.unparse(node)!r} but on its behalf"
+        raise ValidationError(f"{step.key[0]}:{step.span[0]}", wrong)
 
 
 def check_kind(step: Step, node: Expression) -> None:

@@ -16,7 +16,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from colrow.cost_models.errors import ValidationError
-from colrow.planner.expressions import steps
+from colrow.planner.expressions import editable_steps
 from colrow.planner.sites import Frame, Span
 from colrow.planner.source_functions import CodeKey, cell_contents, functions_within, key_of, live_object, mangled
 
@@ -34,10 +34,6 @@ class Body:
     sites: dict[Span, Replacement] = field(default_factory=dict)
     calls: dict[Span, dict[CodeKey, Body]] = field(default_factory=dict)
 
-    def spans(self) -> tuple[Span, ...]:
-        """Every expression that changes."""
-        return tuple(sorted({*self.sites, *self.calls}))
-
 
 def bodies_of(edits: Mapping[tuple[Frame, ...], Replacement]) -> list[Body]:
     """The trees that ``edits`` form, one per outermost function.
@@ -47,7 +43,7 @@ def bodies_of(edits: Mapping[tuple[Frame, ...], Replacement]) -> list[Body]:
     """
     roots: dict[CodeKey, Body] = {}
     for frames, replacement in edits.items():
-        *callers, last = steps(frames)
+        *callers, last = editable_steps(frames)
         level = roots
         for step in callers:
             body = level.setdefault(step.key, Body(step.key))
@@ -87,17 +83,13 @@ def found_callees(body: Body, callee: Callee | None, receiver: object = None) ->
         expression = callee_expression(function.__code__, span) if function is not None else None
         value = _value(expression, function, receiver) if expression is not None and function is not None else None
         for key, child in sorted(body.calls[span].items()):
-            method = isinstance(value, MethodType)
-            inner = value.__func__ if isinstance(value, MethodType) else value
+            # A decorator hands its first argument on; should it not, the call meets another callee and asks `late`.
+            inner, owner = (value.__func__, value.__self__) if isinstance(value, MethodType) else (value, receiver)
             if not any(key_of(f.__code__) == key for f in functions_within(inner)):
-                inner, method = live_object(key), False
-                inner = inner.__func__ if isinstance(inner, (staticmethod, classmethod)) else inner
-            while isinstance(inner, functools.partial):
-                inner = inner.func
+                inner, owner = live_object(key), None
+            while isinstance(inner, (staticmethod, classmethod, functools.partial)):
+                inner = inner.func if isinstance(inner, functools.partial) else inner.__func__
             known = inner if isinstance(inner, FunctionType) else None
-            # A decorator hands its first argument on; should it not, the call finds another callee than expected and
-            # asks `late`.
-            owner = value.__self__ if method and isinstance(value, MethodType) else receiver
             children.append(found_callees(child, known, owner))
     return callee, tuple(children)
 
@@ -115,8 +107,11 @@ def _value(expression: ast.expr, function: FunctionType, receiver: object) -> An
                 return None
             return function.__globals__.get(name, getattr(builtins, name, None))
         case ast.Attribute(_, attribute) if inherited_method(expression):
-            owner = cell_contents(function).get("__class__")
-            return getattr(super(owner, receiver), attribute, None) if isinstance(owner, type) and receiver else None
+            cls = cell_contents(function).get("__class__")
+            if not isinstance(cls, type):
+                return None
+            bound = receiver if isinstance(receiver, cls) else cls
+            return getattr(super(cls, bound), attribute, None)
         case ast.Attribute(value, attribute):
             held = _value(value, function, receiver)
             owner = code.co_qualname.split(".")[-2:][0]
@@ -147,7 +142,7 @@ def instead(body: Body, callee: Callee, found: tuple[Found, ...], sources: list[
 
 def _edited(body: Body, function: FunctionType, found: tuple[Found, ...], sources: list[str]) -> FunctionType:
     code = function.__code__
-    edited = edited_code(code, function.__globals__, body.spans())
+    edited = edited_code(code, function.__globals__, tuple(sorted(body.sites)), tuple(sorted(body.calls)))
     values: dict[str, Any] = dict(NAMES)
     notes = [f"# {body.key[1]}, {body.key[0]}:{body.key[2]}"]
     inner: list[str] = []
@@ -206,7 +201,7 @@ def _redirection(where: str, bodies: list[Body], known: list[tuple[Callee, Calle
 
     def redirected(callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(callee, MethodType):
-            return redirected(callee.__func__, callee.__self__, *args, **kwargs)
+            callee, args = callee.__func__, (callee.__self__, *args)
         for original, clone in known:
             if callee is original:
                 return clone(*args, **kwargs)

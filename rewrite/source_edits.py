@@ -69,22 +69,36 @@ class EditedCode:
     source: str
 
 
-def edited_code(code: CodeType, file_globals: Mapping[str, Any], spans: tuple[Span, ...]) -> EditedCode:
-    """Replaces the expressions of ``code`` at ``spans`` (absolute lines).
+def edited_code(
+    code: CodeType, file_globals: Mapping[str, Any], sites: tuple[Span, ...], calls: tuple[Span, ...]
+) -> EditedCode:
+    """Replaces expressions of ``code``; spans count lines from the file's start.
+
+    Args:
+        code: The function as it was imported.
+        file_globals: Its globals; they tell a module's function from a tensor's method.
+        sites: Expressions to replace.
+        calls: Calls to redirect: the callee is handed over as it is, bound or not.
 
     Raises:
         ValidationError: The source is not the code's, or has no such expression.
     """
     names = frozenset(name for name in code.co_names if isinstance(file_globals.get(name), (ModuleType, type)))
-    return _edited(path_of(code), code.co_filename, code.co_qualname, code.co_firstlineno, spans, names)
+    return _edited(path_of(code), code.co_filename, code.co_qualname, code.co_firstlineno, sites, calls, names)
 
 
 @lru_cache(maxsize=4096)
 def _edited(
-    path: Path, file: str, qualname: str, line: int, spans: tuple[Span, ...], namespaces: frozenset[str]
+    path: Path,
+    file: str,
+    qualname: str,
+    line: int,
+    sites: tuple[Span, ...],
+    calls: tuple[Span, ...],
+    namespaces: frozenset[str],
 ) -> EditedCode:
     key = (file, qualname, line)
-    names = {span: f"__colrow_{index}__" for index, span in enumerate(spans)}
+    names = {span: f"__colrow_{index}__" for index, span in enumerate(sorted(sites + calls))}
     targets: dict[int, str] = {}
     inherited = set()
     for span, name in names.items():
@@ -97,7 +111,8 @@ def _edited(
     memo: dict[int, Any] = {}
     function = cast(Function, copy.deepcopy(path[-1], memo))
     receiver = next((argument.arg for argument in (*function.args.posonlyargs, *function.args.args)), "")
-    edits = _Edits({id(memo[node]): name for node, name in targets.items()}, namespaces, receiver)
+    redirected = frozenset(names[span] for span in calls)
+    edits = _Edits({id(memo[node]): name for node, name in targets.items()}, redirected, namespaces, receiver)
     changed = edits.generic_visit(function)
     edited = compiled(key, path, changed, (*NAMES, *names.values()))
     return EditedCode(edited, names, frozenset(inherited), ast.unparse(changed))
@@ -120,8 +135,10 @@ def inherited_method(function: ast.expr) -> str | None:
 class _Edits(ast.NodeTransformer):
     """Replaces the nodes named in ``targets`` (id -> free variable), inner ones first."""
 
-    def __init__(self, targets: Mapping[int, str], namespaces: frozenset[str], receiver: str) -> None:
-        self.targets, self.namespaces, self.receiver = targets, namespaces, receiver
+    def __init__(
+        self, targets: Mapping[int, str], redirected: frozenset[str], namespaces: frozenset[str], receiver: str
+    ) -> None:
+        self.targets, self.redirected, self.namespaces, self.receiver = targets, redirected, namespaces, receiver
 
     def generic_visit(self, node: ast.AST) -> Any:
         name = self.targets.get(id(node))
@@ -136,7 +153,7 @@ class _Edits(ast.NodeTransformer):
     def _replaced(self, node: Expression, site: str) -> ast.expr | list[ast.stmt]:
         match node:
             case ast.Call(function, arguments, keywords):
-                return ast.Call(_name(site), [*self._function(function), *arguments], keywords)
+                return ast.Call(_name(site), [*self._function(site, function), *arguments], keywords)
             case ast.BinOp(left, op, right):
                 return _site(site, _operator(op), left, right)
             case ast.UnaryOp(op, operand):
@@ -156,12 +173,14 @@ class _Edits(ast.NodeTransformer):
                 return [_assign(_name(kept, ast.Store()), assigned), ast.Expr(call), _deleted(kept)]
         raise AssertionError(f"no edit of {ast.dump(node)}")
 
-    def _function(self, function: ast.expr) -> list[ast.expr]:
+    def _function(self, site: str, function: ast.expr) -> list[ast.expr]:
         """First arguments of the site: the function, and a tensor method's receiver."""
         if inherited_method(function):
             return [_name(self.receiver)]
-        if not isinstance(function, ast.Attribute) or (
-            function.attr.startswith("__") and not function.attr.endswith("__")
+        if (
+            site in self.redirected
+            or not isinstance(function, ast.Attribute)
+            or (function.attr.startswith("__") and not function.attr.endswith("__"))
         ):
             return [function]
         root: ast.expr = function
