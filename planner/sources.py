@@ -190,6 +190,7 @@ def source_from_config(
 
     with torch.device("meta"), no_init_weights():
         model = construct()
+    model.tie_weights()  # skipped with the initialisation
     length, notes = usable_seq(config, seq)
     inputs = example_inputs(model, phase=phase, batch=batch, seq=length, labels=labels)
     cached = 0 if phase != "decode" else length if context is None else context
