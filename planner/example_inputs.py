@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from colrow.cost_models.errors import SourceError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -66,14 +68,18 @@ def example_inputs(
     if config.is_encoder_decoder and phase == "decode" and "encoder_outputs" in accepted:
         inputs["encoder_outputs"] = (features(_source_length(config, seq, main), _encoder_width(config)),)
     else:
-        if "input_ids" in accepted and (main == "input_ids" or "decoder_input_ids" not in accepted):
+        required = "input_ids" in accepted and accepted["input_ids"].default is inspect.Parameter.empty
+        if required or ("input_ids" in accepted and (main == "input_ids" or "decoder_input_ids" not in accepted)):
             inputs["input_ids"] = ids(tokens)
-        if "pixel_values" in accepted:
+        # Decoding text, the images are in the cache already.
+        if "pixel_values" in accepted and (phase != "decode" or main == "pixel_values"):
             inputs["pixel_values"] = features(*_image_shape(config))
         if "input_features" in accepted:
             inputs["input_features"] = features(*_spectrogram_shape(config))
         if "input_values" in accepted:
             inputs["input_values"] = features(*_audio_shape(config))
+    if phase != "decode" and "input_ids" in inputs and "pixel_values" in inputs:
+        inputs["input_ids"] = _with_image_tokens(model, config, inputs["input_ids"], inputs["pixel_values"])
     if "input_ids" in inputs and "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "decoder_input_ids" in accepted:
@@ -110,6 +116,30 @@ def _token_ids(config: PreTrainedConfig, batch: int, length: int, generator: tor
                 special.update(value if isinstance(value, list | tuple) else [value])
     plain = torch.tensor([i for i in range(min(vocab, 4096)) if i not in special] or [0])
     return plain[torch.randint(len(plain), (batch, length), generator=generator)]
+
+
+def _with_image_tokens(model: Any, config: PreTrainedConfig, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Ids [batch, positions of one image + tokens] where a model writes image features over the image's own token.
+
+    How many positions an image takes is what the model's image features say, computed where the weights are (on meta
+    for free). A model that keeps images and text apart gets its ids back.
+    """
+    token = getattr(config, "image_token_id", None)
+    if type(token) is not int or not hasattr(model, "get_image_features"):
+        return ids
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            features = model.get_image_features(pixel_values=pixels.to(device))
+        images = getattr(features, "pooler_output", features)
+        taken = images[0].shape[-2] if images[0].dim() > 1 else 1
+    except Exception as error:  # the model's own code, given inputs that are a guess
+        raise SourceError(
+            f"example inputs of {type(model).__name__}",
+            f"its image features cannot be computed from pixel_values alone: {type(error).__name__}: {error}",
+            remedy="Pass package.module:factory, which returns the model with inputs of your own.",
+        ) from error
+    return torch.cat([torch.full((len(ids), taken), token), ids], dim=1)
 
 
 def _image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -74,6 +74,7 @@ class _Sizes:
     head_dim: Fraction
     width: Fraction
     unit: int
+    hidden: dict[int, int] = field(default_factory=dict)
 
     @staticmethod
     def of(parts: list[PreTrainedConfig], divisible_by: int) -> _Sizes:
@@ -88,7 +89,13 @@ class _Sizes:
             width = Fraction(max(wanted, UNTIED_HIDDEN), hidden)
         elif not any(_is_tied(part) for part in parts):
             width = max(width, Fraction(UNTIED_HIDDEN, hidden))
-        return _Sizes(heads, head_dim, min(width, Fraction(1)), 8 * divisible_by)
+        sizes = _Sizes(heads, head_dim, min(width, Fraction(1)), 8 * divisible_by)
+        # Parts whose heads fix their hidden size come last: their answer stands where two parts have the same.
+        for part in sorted(parts, key=_is_tied):
+            if full := _hidden(part):
+                exact = full * sizes.width
+                sizes.hidden[full] = int(exact) if _is_tied(part) and exact.denominator == 1 else _rounded(sizes, full)
+        return sizes
 
 
 def _head_factor(counts: set[int], divisible_by: int) -> Fraction:
@@ -120,9 +127,11 @@ def _head_dim_factor(dims: set[tuple[int, Fraction]]) -> Fraction:
 
 def _shrink_width(sizes: _Sizes, part: PreTrainedConfig, width: int) -> int:
     """A feature dim: in exact proportion if tied to the hidden size or the heads, else still a multiple as before."""
+    if width in sizes.hidden:  # of this part or of one it has to fit
+        return sizes.hidden[width]
     hidden = _hidden(part)
     if hidden and not _is_tied(part):  # the hidden size is free itself, and its multiples follow
-        return width // hidden * _rounded(sizes, hidden) if width % hidden == 0 else _rounded(sizes, width)
+        return width // hidden * sizes.hidden[hidden] if width % hidden == 0 else _rounded(sizes, width)
     exact: Fraction = width * sizes.width
     bases = [base for base in (hidden, _attention_width(part)) if base]
     if exact.denominator == 1 and any(width % base == 0 or base % width == 0 for base in bases):

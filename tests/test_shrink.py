@@ -149,6 +149,8 @@ def test_towers_of_different_width_still_fit_together() -> None:
     small = shrunk("clip")
     assert small.text_config.projection_dim == small.vision_config.projection_dim == small.projection_dim
     llava = shrunk("llava")
+    paligemma = shrunk("paligemma")
+    assert paligemma.vision_config.projection_dim == paligemma.text_config.hidden_size
     assert llava.text_config.num_hidden_layers == llava.vision_config.num_hidden_layers == 2
 
 

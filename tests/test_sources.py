@@ -16,7 +16,7 @@ from colrow.planner.configurations import default_config
 from colrow.planner.example_inputs import example_inputs, usable_seq
 from colrow.planner.head_class import head_class
 from colrow.planner.random_weights import persistent_buffers, randomize
-from colrow.planner.sources import load_source, source_from_config
+from colrow.planner.sources import load_source
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -292,13 +292,26 @@ def test_remote_code_runs_only_when_trusted(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_inputs_avoid_special_tokens_and_are_reproducible() -> None:
-    config = default_config("llava")
-    source = source_from_config(config, seq=64, batch=2, small=True)
+    source = load_source("hf:llama", seq=64, batch=2, small=True)
     ids = source.example_inputs["input_ids"]
-    special = {source.config.image_token_index, source.config.text_config.pad_token_id}
-    assert not special & set(ids.flatten().tolist())
-    again = example_inputs(source.model, seq=64, batch=2)
-    assert torch.equal(ids, again["input_ids"])
+    special = {source.config.bos_token_id, source.config.eos_token_id}
+    assert ids.unique().numel() > 32 and not special & set(ids.flatten().tolist())
+    assert torch.equal(ids, example_inputs(source.model, seq=64, batch=2)["input_ids"])
+
+
+@pytest.mark.parametrize("model_type", ["llava", "paligemma", "got_ocr2"])
+def test_images_take_as_many_tokens_as_they_have_features(model_type: str) -> None:
+    """With text alone the whole image tower would stay out of the trace."""
+    source = load_source(f"hf:{model_type}", seq=8, batch=2, small=True, dtype="fp32")
+    ids, token = source.example_inputs["input_ids"], source.config.image_token_id
+    images = (ids == token).sum(dim=1).tolist()
+    assert images[0] > 0 and images == [ids.shape[1] - 8] * 2
+    model = source.build()
+    model(**source.example_inputs).logits.sum().backward()
+    tower = [name for name, p in model.named_parameters() if "vision" in name and p.grad is not None]
+    assert tower
+    decode = load_source(f"hf:{model_type}", seq=8, phase="decode", small=True).example_inputs
+    assert "pixel_values" not in decode and decode["input_ids"].shape == (1, 1)
 
 
 def test_decoding_an_encoder_decoder_starts_from_encoder_outputs() -> None:
