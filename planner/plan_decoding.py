@@ -1,0 +1,173 @@
+"""From the content of a plan file to the plan; `plan_encoding` is the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from .edits import CallEdit, OperatorEdit, ParameterEdit
+from .layout import Interval, Layout, Segment, even
+from .lowering import Collective
+from .moves import Move
+from .path_ranges import Repeat, Row, expand_paths, expand_rows, parse_ranges
+from .plan_document import (
+    CallEntry,
+    CollectiveRepeat,
+    MoveEntry,
+    OperatorEntry,
+    ParameterEntry,
+    PlanDocument,
+    SegmentEntry,
+    Split,
+    TextRepeat,
+    UnsplitRepeat,
+    WorkloadEntry,
+)
+from .plan_encoding import COLLECTIVE_FIELDS, UNSPLIT_FIELDS
+from .plan_model import Plan, PlannedCost, PlannedParameter, Workload
+from .site_text import Sources, parse_chain
+from .sites import Site
+
+_Text = TypeVar("_Text")
+_Value = TypeVar("_Value")
+
+
+class WrongField(Exception):
+    """A field of the right type that makes no sense."""
+
+    def __init__(self, field: str, wrong: object) -> None:
+        super().__init__(field)
+        self.field, self.wrong = field, str(wrong)
+
+
+def plan_of(document: PlanDocument) -> Plan:
+    """The plan that checked content describes.
+
+    Raises:
+        WrongField: Fields that do not fit each other.
+    """
+    ranks, sources = document.tp, Sources()
+    parameters = [
+        _planned(fqn, entry, ranks) for fqn, entry in _expanded("parameters", document.parameters, expand_paths).items()
+    ]
+    if document.parameter_order is not None:
+        order = _expanded("parameter_order", document.parameter_order, parse_ranges)
+        if sorted(order) != list(range(len(parameters))):
+            raise WrongField("parameter_order", f"not an order of {len(parameters)} parameters")
+        parameters = [parameters[n] for n in order]
+    calls: dict[Site, CallEdit] = {}
+    for module, entries in _expanded("calls", document.calls, expand_paths).items():
+        for n, entry in enumerate(entries):
+            where = f"calls.{module}.{n}"
+            frames = _expanded(f"{where}.at", entry.at, lambda text: parse_chain(text, sources))
+            site = Site("" if module == "." else module, frames)
+            if site in calls:
+                raise WrongField(where, "the same call is edited twice")
+            calls[site] = _edit(where, entry, ranks)
+    return Plan(
+        name=document.name,
+        tp=ranks,
+        hardware=document.hardware,
+        workloads=tuple(_workload(entry) for entry in document.workloads),
+        options=document.options,
+        parameters=tuple(parameters),
+        ties=document.ties,
+        calls=calls,
+        inputs=tuple(document.inputs),
+        collectives=tuple(Collective(*row) for row in _rows("collectives", document.collectives, COLLECTIVE_FIELDS)),
+        unsplit=tuple(
+            (fqn, nbytes, reason) for fqn, nbytes, reason in _rows("unsplit", document.unsplit, UNSPLIT_FIELDS)
+        ),
+        findings=tuple(text for (text,) in _rows("findings", document.findings, None)),
+        assumptions=document.assumptions,
+        cost=PlannedCost(**document.cost.model_dump()),
+        memory_bytes=document.memory_bytes,
+    )
+
+
+def _expanded(field: str, value: _Text, expand: Callable[[_Text], _Value]) -> _Value:
+    try:
+        return expand(value)
+    except ValueError as error:
+        raise WrongField(field, error) from error
+
+
+def _rows(field: str, entries: Sequence[Any], names: tuple[str, ...] | None) -> list[Row]:
+    def row(entry: Any) -> Row:
+        return tuple(getattr(entry, name) for name in names) if names else (entry,)
+
+    folded = [
+        Repeat(entry.over, tuple(row(one) for one in entry.each))
+        if isinstance(entry, (CollectiveRepeat, UnsplitRepeat, TextRepeat))
+        else row(entry)
+        for entry in entries
+    ]
+    return _expanded(field, folded, expand_rows)
+
+
+def _workload(entry: WorkloadEntry) -> Workload:
+    inputs = tuple((path, tensor.dtype, tuple(tensor.shape)) for path, tensor in entry.inputs.items())
+    return Workload(entry.name, entry.phase, inputs, tuple(entry.values.items()), entry.context)
+
+
+def _planned(fqn: str, entry: ParameterEntry, ranks: int) -> PlannedParameter:
+    where = f"parameters.{fqn}"
+    if (entry.dim is None) != (entry.split is None):
+        raise WrongField(where, "dim and split go together: give both, or neither for a replicated parameter")
+    if (entry.dim is None) != (entry.placement == "replicated"):
+        raise WrongField(
+            where, f"placement {entry.placement} {'needs' if entry.dim is None else 'has no'} dim and split"
+        )
+    layout = _layout(f"{where}.split", entry.split, ranks)
+    if entry.dim is not None and layout is not None:
+        length = entry.shape[entry.dim] if entry.dim < len(entry.shape) else None
+        if layout.size != length:
+            raise WrongField(f"{where}.split", f"covers {layout.size} of a dim of {length}")
+    edit = ParameterEdit(fqn, entry.dim, layout, entry.partial_grad, entry.lifted)
+    return PlannedParameter(edit, entry.placement, tuple(entry.shape), entry.dtype, entry.weight)
+
+
+def _layout(field: str, split: Split | None, ranks: int) -> Layout | None:
+    if split is None:
+        return None
+    if not split:
+        raise WrongField(field, "no segments")
+    return Layout(tuple(_segment(f"{field}.{n}", entry, ranks) for n, entry in enumerate(split)))
+
+
+def _segment(field: str, entry: int | SegmentEntry, ranks: int) -> Segment:
+    if isinstance(entry, int):
+        return even(entry, ranks).segments[0]
+    if len(entry.owned) != ranks:
+        raise WrongField(f"{field}.owned", f"says what {len(entry.owned)} ranks own, need {ranks}")
+    owned = tuple(_expanded(f"{field}.owned", text, _intervals) for text in entry.owned)
+    for rank, intervals in enumerate(owned):
+        if any(not 0 <= a < b <= entry.length for a, b in intervals):
+            raise WrongField(f"{field}.owned.{rank}", f"{entry.owned[rank]} is not within 0:{entry.length}")
+        if sum(b - a for a, b in intervals) > entry.local:
+            raise WrongField(
+                f"{field}.owned.{rank}", f"{entry.owned[rank]} is more than the local length {entry.local}"
+            )
+    return Segment(entry.length, owned, entry.local)
+
+
+def _intervals(text: str) -> tuple[Interval, ...]:
+    pairs = [part.partition(":") for part in text.split(",")] if text else []
+    return tuple((int(start), int(stop)) for start, _, stop in pairs)
+
+
+def _move_of(field: str, entry: MoveEntry, ranks: int) -> Move:
+    return Move(entry.forward, entry.backward, entry.dim, _layout(f"{field}.split", entry.split, ranks))
+
+
+def _operator(field: str, entry: OperatorEntry, ranks: int) -> OperatorEdit:
+    return OperatorEdit(entry.name, entry.dim, _layout(f"{field}.split", entry.split, ranks))
+
+
+def _edit(field: str, entry: CallEntry, ranks: int) -> CallEdit:
+    return CallEdit(
+        tuple((one.leaf, _move_of(f"{field}.arguments.{n}", one.move, ranks)) for n, one in enumerate(entry.arguments)),
+        tuple((one.leaf, one.whole, one.local) for one in entry.integers),
+        _operator(f"{field}.operator", entry.operator, ranks) if entry.operator else None,
+        _move_of(f"{field}.result", entry.result, ranks) if entry.result else None,
+    )
