@@ -71,8 +71,9 @@ def example_inputs(
         required = "input_ids" in accepted and accepted["input_ids"].default is inspect.Parameter.empty
         if required or ("input_ids" in accepted and (main == "input_ids" or "decoder_input_ids" not in accepted)):
             inputs["input_ids"] = ids(tokens)
-        # Decoding text, the images are in the cache already.
-        if "pixel_values" in accepted and (phase != "decode" or main == "pixel_values"):
+        # What generates text has seen the image by the time it decodes: its features are in the cache.
+        cached = phase == "decode" and main == "input_ids" and bool(getattr(model, "can_generate", bool)())
+        if "pixel_values" in accepted and not cached:
             inputs["pixel_values"] = features(*_image_shape(config))
         if "input_features" in accepted:
             inputs["input_features"] = features(*_spectrogram_shape(config))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
 from colrow.cost_models.errors import SourceError
 from colrow.planner import sources
@@ -16,7 +17,7 @@ from colrow.planner.configurations import default_config
 from colrow.planner.example_inputs import example_inputs, usable_seq
 from colrow.planner.head_class import head_class
 from colrow.planner.random_weights import persistent_buffers, randomize
-from colrow.planner.sources import load_source
+from colrow.planner.sources import load_source, source_from_config
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
@@ -319,6 +320,12 @@ def test_decoding_an_encoder_decoder_starts_from_encoder_outputs() -> None:
     assert "input_ids" not in source.example_inputs
     assert source.example_inputs["encoder_outputs"][0].shape == (2, 16, source.config.d_model)
     assert source.build()(**source.example_inputs).logits.shape[:2] == (2, 1)
+
+
+def test_a_model_that_does_not_generate_keeps_its_images_in_every_phase() -> None:
+    source = source_from_config(default_config("clip"), model_class=CLIPModel, phase="decode", small=True, dtype="fp32")
+    assert source.example_inputs["pixel_values"].dim() == 4
+    assert source.build()(**source.example_inputs).logits_per_image.shape == (1, 1)
 
 
 def test_random_weights_leave_nothing_as_initialised() -> None:
