@@ -60,9 +60,13 @@ def rank_error(failure: Failure) -> RankError:
 
 
 def can_fork() -> bool:
-    """Forking is safe: no CUDA context and no other Python thread whose locks a child would inherit."""
+    """Forking is safe: no CUDA context and no other Python thread whose locks a child would inherit.
+
+    The monitor thread that a progress bar leaves behind (transformers shows them) sleeps, and does not count.
+    """
+    awake = [thread for thread in threading.enumerate() if type(thread).__module__ != "tqdm._monitor"]
     has_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return sys.platform == "linux" and not has_cuda and threading.active_count() == 1
+    return sys.platform == "linux" and not has_cuda and len(awake) == 1
 
 
 def run_processes(fn: Callable[..., Any], size: int, args: Sequence[Any], timeout_s: float) -> list[Any]:

@@ -94,9 +94,8 @@ def _run_threads(fn: Callable[..., Any], size: int, args: Sequence[Any], timeout
             for _ in range(size):
                 if not ended.acquire(timeout=max(0.0, deadline - time.monotonic())):
                     break
-                deadline = min(
-                    deadline, time.monotonic() + 45
-                )  # one is through: the others are at most a few collectives behind
+                # One is through, so the others are at most a few collectives behind.
+                deadline = min(deadline, time.monotonic() + 45)
             late = [rank for rank, thread in enumerate(threads) if thread.is_alive() and not _joined(thread)]
             if late:
                 threaded.ProcessLocalGroup.exception_handle(TimeoutError())  # wakes those that wait in a collective

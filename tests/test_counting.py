@@ -35,7 +35,7 @@ class Call(nn.Module):
 
 
 def moves(x):
-    """Each communicating step once forward: [6, 2] float32 on 2 ranks, cut into 7 and 5 rows' worth of padded blocks."""
+    """Each communicating step once forward, of [6, 2] float32 on 2 ranks."""
     layout, group = balanced(6, 2), group_of(None)
     x = apply_move(x, Move("all_reduce", "identity"), group)
     x = apply_move(x, Move("reduce_scatter", "all_gather", 0, layout), group)
@@ -91,7 +91,7 @@ def test_torch_distributed():
 
 def functional(x):
     x = funcol.all_reduce(x, "sum", dist.group.WORLD)
-    return funcol.all_gather_tensor(x, 0, dist.group.WORLD) + 0
+    return funcol.all_gather_single(x, 0, dist.group.WORLD) + 0
 
 
 def with_dtensor(x):
@@ -106,7 +106,7 @@ def test_wrappers_and_dtensor():
 
 
 def test_a_split_model():
-    """2 reductions a block each way, one of the embedding, one gather and one reduction of the head; partial parameters' own."""
+    """2 reductions a block each way, the embedding's, the head's two, and the partial parameters' own."""
 
     def run():
         return count_collectives(split(copy.deepcopy(dense_model()), 2), (inputs(),), backward=True)
