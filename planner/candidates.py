@@ -108,7 +108,7 @@ def _spread(found: Candidates, node: Node, users: list[list[int]]) -> None:
             found.add(a, dim_a, layout)
     if node.op in _VIEWS:
         _spread_view(found, node)
-    elif node.op == "cat":
+    elif node.op == "cat" and _joins_equal_ranks(found.graph, node):
         _spread_pieces(found, node.index, wrapped(_argument(node, 1, "dim", 0), len(node.shape)), _cat_pieces(node))
     elif node.op == "scaled_dot_product_attention":
         _spread_groups(found, node)
@@ -210,7 +210,7 @@ def _links(graph: Graph, node: Node) -> Iterator[tuple[DimKey, DimKey]]:
                     yield (q, dim), (mask.index, at)
     elif node.op == "embedding":
         yield (node.operands[0], 1), (node.index, len(node.shape) - 1)
-    elif node.op == "cat":
+    elif node.op == "cat" and _joins_equal_ranks(graph, node):
         dim = wrapped(_argument(node, 1, "dim", 0), len(node.shape))
         for index in dict.fromkeys(node.operands):
             for d in range(len(node.shape)):
@@ -273,6 +273,11 @@ def _consecutive(length: int, dim: int, ranges: dict[tuple[int, int], int]) -> l
 def _cat_pieces(node: Node) -> list[tuple[int, int]]:
     dim = wrapped(_argument(node, 1, "dim", 0), len(node.shape))
     return [(ref.index, dim) for ref in node.arguments[0] if isinstance(ref, Ref)]
+
+
+def _joins_equal_ranks(graph: Graph, node: Node) -> bool:
+    """``cat`` also takes empty 1-D tensors of old, which have no such dim."""
+    return all(len(graph.nodes[i].shape) == len(node.shape) for i in node.operands)
 
 
 def _argument(node: Node, position: int, name: str, default: int | None) -> int:

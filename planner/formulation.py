@@ -261,7 +261,8 @@ class _Builder:
                 and site not in self.options.frozen
                 and self.options.editable(call.site.frames) is None
             )
-            movable = editable and node.index == self.call_nodes[node.call][-1]
+            whole_result = not node.outputs and node.op != "getitem"
+            movable = editable and whole_result and node.index == self.call_nodes[node.call][-1]
         convertible = tuple(self._convertible(node, i, editable) for i in operands)
         return Setting(movable, convertible, editable)
 

@@ -80,14 +80,21 @@ class _Lifting:
                 self.graph.outputs = [
                     r.index for r in pytree.tree_leaves(node.args[0], is_leaf=_is_fx) for r in [self.value[r]]
                 ]  # type: ignore[union-attr]
+        self._unread_parameters()
         _record_blocks(self.graph, self.block_starts, self.templates)
         return self.graph
+
+    def _unread_parameters(self) -> None:
+        """Parameters that no traced operator reads are leaves all the same: they have to be stored somehow."""
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name not in self.leaf_index:
+                self._leaf("parameter", name, tuple(parameter.shape), parameter.dtype)
 
     def _placeholder(self, node: torch.fx.Node, kind: str, name: str) -> None:
         val = node.meta.get("val")
         if not isinstance(val, Tensor):
             return
-        if kind != "input" and not node.users:
+        if kind == "buffer" and not node.users:
             return
         self.value[node] = self._leaf(kind, name, tuple(val.shape), val.dtype)
 

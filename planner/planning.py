@@ -76,7 +76,7 @@ def plan(
         raise MemoryCapError(
             type(model).__name__,
             f"no plan for {tp} ranks fits {cap:g} GB per rank",
-            got=f"at least {error.got}" if error.got else None,
+            got=f"at least {error.need}" if error.need else None,
             need=f"tp >= {smallest}" if smallest else "a smaller batch or more memory",
             remedy=f"Use --tp {smallest}." if smallest else "No tp up to 128 fits.",
         ) from error
