@@ -83,24 +83,47 @@ class _Read(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        rank = ctx.group.rank
         found: list[Any] = list(gradients)
-        partial: dict[torch.dtype, list[int]] = {}
-        for i, reader in enumerate(ctx.readers):
-            if found[i] is not None:  # no variable for it: ``delivered`` counts references
-                if reader.is_masked or not reader.is_plain:
-                    found[i] = reader.unread(found[i], rank)
-                if reader.is_partial:
-                    partial.setdefault(found[i].dtype, []).append(i)
-        for places in partial.values():
-            whole = all_reduce(torch.cat([found[i].reshape(-1) for i in places]), ctx.group)
-            shapes = [found[i].shape for i in places]
-            for i, shape, part in zip(places, shapes, torch.split(whole, [s.numel() for s in shapes]), strict=True):
-                found[i] = part.view(shape)
+        make_stored(found, ctx.readers, ctx.group)
         nodes = ctx.next_functions  # of the tensor inputs
         for i, p in enumerate(ctx.parameters):
             if found[i] is not None:
                 found[i] = delivered(found, i, p, nodes[i][0])
+        return (None, None, *found)
+
+
+def make_stored(found: list[Any], readers: list[Reader], group: TpGroup) -> None:
+    """Gradients of what was read to those of what is stored, in place: padding zeroed, partial ones reduced."""
+    partial: dict[torch.dtype, list[int]] = {}
+    for i, reader in enumerate(readers):
+        if found[i] is not None:  # no variable for it: ``delivered`` counts references
+            if reader.is_masked or not reader.is_plain:
+                found[i] = reader.unread(found[i], group.rank)
+            if reader.is_partial:
+                partial.setdefault(found[i].dtype, []).append(i)
+    for places in partial.values():
+        whole = all_reduce(torch.cat([found[i].reshape(-1) for i in places]), group)
+        shapes = [found[i].shape for i in places]
+        for i, shape, part in zip(places, shapes, torch.split(whole, [s.numel() for s in shapes]), strict=True):
+            found[i] = part.view(shape)
+
+
+class _ReadTraced(torch.autograd.Function):
+    """The same for torch.compile, on local tensors: it knows ``to_local``, but not how ``_Read`` delivers gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, readers: list[Reader], group: TpGroup, *stored: Tensor) -> tuple[Tensor, ...]:
+        ctx.readers, ctx.group = readers, group
+        rank = group.rank
+        return tuple(
+            local.view_as(local) if reader.is_plain else reader.read(local, rank)
+            for reader, local in zip(readers, stored, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        found: list[Any] = list(gradients)
+        make_stored(found, ctx.readers, ctx.group)
         return (None, None, *found)
 
 
@@ -139,7 +162,11 @@ class Region:
                 local = p._local_tensor
                 self.install(reader, local if reader.is_plain else reader.read(local, rank))
         if readers:
-            views = _Read.apply(readers, self.group, *parameters)  # type: ignore[no-untyped-call]
+            if torch.compiler.is_compiling():
+                stored = [cast(DTensor, p).to_local() for p in parameters]
+                views = _ReadTraced.apply(readers, self.group, *stored)  # type: ignore[no-untyped-call]
+            else:
+                views = _Read.apply(readers, self.group, *parameters)  # type: ignore[no-untyped-call]
             for reader, view in zip(readers, views, strict=True):
                 self.install(reader, view)
         return None

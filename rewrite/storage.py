@@ -187,6 +187,17 @@ def keep_state_dict_dense(module: nn.Module, own: dict[str, ParameterSpec]) -> N
     module.register_load_state_dict_pre_hook(partial(_from_dense, own))  # type: ignore[no-untyped-call]
 
 
+def specs_of(model: nn.Module) -> dict[str, ParameterSpec]:
+    """The spec of every parameter name of a stored model, which its modules' hooks know."""
+    found: dict[str, ParameterSpec] = {}
+    for path, module in model.named_modules():
+        for hook in module._load_state_dict_pre_hooks.values():
+            own = getattr(hook, "hook", None)
+            if isinstance(own, partial) and own.func is _from_dense:
+                found |= {f"{path}.{name}" if path else name: spec for name, spec in own.args[0].items()}
+    return found
+
+
 def _to_dense(own: dict[str, ParameterSpec], module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """State dict post-hook: reordered DTensors to dense ones. Collective; gathers one whole parameter at a time."""
     for name, spec in own.items():

@@ -6,9 +6,12 @@ import pytest
 import torch
 from split_model import cotangent, dense_model, inputs, specs
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from colrow.cost_models.errors import UsageError
 from colrow.planner.layout import balanced
 from colrow.rewrite import gradients
 from colrow.rewrite.groups import group_of, tp_mesh
@@ -276,3 +279,37 @@ def test_partial_gradients_of_a_block_are_reduced_together():
     assert sizes.count(own) == 1
     activations = 3 * 5 * 8 * 8
     assert all(nbytes in (own, activations) for nbytes in sizes), sizes
+
+
+def compiled():
+    """A compiled block gives the eager block's outputs and gradients, in one graph."""
+    model, x = split(copy.deepcopy(DENSE), 2), torch.ones(2, 3, 8, dtype=torch.float64).cumsum(-1)
+    block = model.blocks[0]
+    expected = block(x)
+    (expected**2).sum().backward()
+    grads = {name: p.grad._local_tensor for name, p in block.named_parameters()}
+    block.zero_grad()
+    fast = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), expected.detach(), rtol=1e-12, atol=1e-12)
+    (fast(x) ** 2).sum().backward()
+    for name, p in block.named_parameters():
+        torch.testing.assert_close(p.grad._local_tensor, grads[name], rtol=1e-11, atol=1e-11, msg=name)
+    assert not views(model)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_block_compiles():
+    run_ranks(compiled, 2, "gloo")
+
+
+def test_a_part_of_what_fsdp2_shards_is_refused():
+    def run():
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+        model = split(copy.deepcopy(DENSE), 1, mesh)
+        fully_shard(model, mesh=mesh["dp"])
+        with pytest.raises(UsageError, match="FSDP2 holds it in pieces"):
+            model.blocks[0](torch.ones(1, 1, 8, dtype=torch.float64))
+        assert not views(model)
+
+    run_ranks(run, 2, "gloo")

@@ -9,7 +9,12 @@ import torch.distributed.checkpoint as dcp
 from split_model import cotangent, dense_model, inputs
 from test_regions import split, views
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -17,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from colrow.cost_models.errors import UsageError
 from colrow.planner.layout import balanced, joined, owned_units
 from colrow.rewrite.groups import tp_mesh
+from colrow.rewrite.optimizer_state import keep_optimizer_state_dense
 from colrow.rewrite.ranks import run_ranks
 from colrow.rewrite.storage import ParameterSpec, parameter, store
 
@@ -158,6 +164,7 @@ def two_dims(reshard, blocks, steps=2):
         fully_shard(block, mesh=mesh["dp"], reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh["dp"], reshard_after_forward=reshard)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.05, weight_decay=0.1) for m in (model, dense)]
+    keep_optimizer_state_dense(optimizers[0], model)
     for _ in range(steps):
         (model(batch(mesh["dp"].get_local_rank())) * cotangent()).sum().backward()
         (sum((dense(batch(rank)) * cotangent()).sum() for rank in range(2)) / 2).backward()
@@ -171,6 +178,10 @@ def two_dims(reshard, blocks, steps=2):
     full = get_model_state_dict(model, options=FULL)
     for name, value in full.items() if dist.get_rank() == 0 else ():
         torch.testing.assert_close(value, state[name], rtol=1e-9, atol=1e-9, msg=name)
+    moments = get_optimizer_state_dict(model, optimizers[0], options=FULL)["state"]
+    expected = get_optimizer_state_dict(dense, optimizers[1])["state"]
+    for name, values in moments.items() if dist.get_rank() == 0 else ():
+        torch.testing.assert_close(values["exp_avg"], expected[name]["exp_avg"], rtol=1e-9, atol=1e-9, msg=name)
     zeroed(model).load_state_dict(STATE)  # reload dense, continue
     assert_dense(model)
     zeroed(model).load_state_dict(model.state_dict() | STATE)
