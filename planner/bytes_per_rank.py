@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from colrow.cost_models.memory import MemoryBytes, training_bytes
 
-from .graph import Graph, Node, Ref, numel
+from .graph import VIEWS, Graph, Node, Ref, numel
 from .placement import Placement, Shard
-from .pricing import VIEWS, Phase
+from .pricing import Phase
 from .strategies import Stored, is_leaf
 
 

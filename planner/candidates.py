@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import chain, islice, product
 
 from .graph import LEAVES, Graph, Node, Ref
 from .layout import Layout, balanced, joined
 from .placement import WHOLE, Shard
+from .roles import canonical
 from .rules import RULES, Operation
 from .rules.base import wrapped
 from .rules.pointwise import CASTS, EACH, FIRST, JOINT, LINEAR_UNARY, NONLINEAR
@@ -40,11 +41,16 @@ class Candidates:
     graph: Graph
     ranks: int
     found: dict[DimKey, dict[Layout, None]] = field(default_factory=dict)
+    tied: dict[int, list[int]] = field(default_factory=dict)
     changed: bool = False
 
     def of(self, node: Node) -> list[Shard]:
         """Splits of ``node`` worth considering."""
-        return [Shard(d, layout) for d in range(len(node.shape)) for layout in self.found.get((node.template, d), {})]
+        names = [node.template, *self.tied.get(node.template, ())]
+        layouts = {
+            (d, layout): None for d in range(len(node.shape)) for i in names for layout in self.found.get((i, d), ())
+        }
+        return [Shard(d, layout) for d, layout in layouts]
 
     def get(self, index: int, dim: int) -> list[Layout]:
         """Layouts of one dim."""
@@ -63,6 +69,9 @@ class Candidates:
 def candidates(graph: Graph, ranks: int) -> Candidates:
     """All layouts for ``ranks`` ranks."""
     found = Candidates(graph, ranks)
+    for alias, root in canonical(graph).items():
+        if alias != root:
+            found.tied.setdefault(root, []).append(alias)
     originals = [n for n in graph.nodes if n.template == n.index]
     users = graph.users()
     for node in originals:
@@ -143,8 +152,8 @@ def _spread_pieces(found: Candidates, whole: int, dim: int, pieces: list[tuple[i
             options.append(found.get(index, at) or [balanced(length, found.ranks)])
         else:
             options.append([balanced(at, found.ranks)])
-    kinds = islice(product(*options), 16) if len(options) <= 4 else zip(*options, strict=False)
-    for choice in kinds:
+    alike = zip(*options, strict=False)  # all pieces cut in the same way come first
+    for choice in chain(alike, islice(product(*options), 16) if len(options) <= 4 else ()):
         found.add(whole, dim, joined(choice))
     for layout in found.get(whole, dim):
         start = 0
@@ -174,7 +183,7 @@ def _links(graph: Graph, node: Node) -> Iterator[tuple[DimKey, DimKey]]:
     """Pairs of (node, dim) that an operator splits alike."""
     nodes = graph.nodes
     if node.op in FACTORS:
-        whole = Operation(node, nodes, {i: WHOLE for i in node.operands})
+        whole = Operation(node, nodes, dict.fromkeys(node.operands, WHOLE))
         factors = FACTORS[node.op](whole)
         if factors is None:
             return
@@ -229,7 +238,7 @@ def _traced_links(graph: Graph, node: Node) -> Iterator[tuple[DimKey, DimKey]]:
     for dim, length in enumerate(nodes[source].shape):
         if length < 2:
             continue
-        placed = {i: WHOLE for i in node.operands}
+        placed = dict.fromkeys(node.operands, WHOLE)
         placed[source] = Shard(dim, balanced(length, 2))  # type: ignore[assignment]
         made = RULES[node.op](Operation(node, nodes, placed))
         if isinstance(made, Shard) and made.layout.size == length:

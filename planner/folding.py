@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -210,6 +211,8 @@ def _plain_value(value: Any, position: int) -> Any:
         return (type(value).__name__, *sorted(map(str, value)))
     if isinstance(value, dict):
         return (type(value).__name__, *((str(k), _plain_value(v, -1)) for k, v in value.items()))
+    if isinstance(value, partial):
+        return ("partial", id(value.func), _plain_value(value.args, -1), _plain_value(value.keywords, -1))
     return id(getattr(value, "__func__", value))
 
 

@@ -18,13 +18,19 @@ import numpy as np
 
 from .candidates import Candidates, candidates
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
-from .graph import Graph, Node, Ref
+from .graph import VIEWS, Graph, Node, Ref
+from .moves import Move
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
-from .pricing import VIEWS, Pricing
+from .pricing import Pricing
 from .roles import SMALL_SHARE, BlockOf, Weight, canonical, label_of, outer_blocks, weights
 from .strategies import Choices, Domain, Setting, Stored, is_leaf, reads, slice_options, tabulate
 
-REPLICATION_PENALTY_PS = 1 << 48
+REPLICATION_PENALTY_PS = 1 << 49
+GATHER_PENALTY_PS = 1 << 38
+"""Inside a block, gathering a split activation costs this much more (0.27 s): it is done only where nothing else is legal."""
+RETURNED = Move("identity", "lift")
+"""What happens to a returned value whose gradient is partial."""
+_NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
 
 
 @dataclass
@@ -118,6 +124,7 @@ class _Builder:
             else:
                 self._operator(node)
         self._outputs()
+        self._unmoved()
         self._same_site_same_choice()
         factors = tuple(self.factors)
         bytes_of = tuple(self._memory(memory)) if memory is not None else ()
@@ -261,10 +268,12 @@ class _Builder:
                 and site not in self.options.frozen
                 and self.options.editable(call.site.frames) is None
             )
-            whole_result = not node.outputs and node.op != "getitem"
+            whole_result = not node.outputs and node.op not in _NO_RESULT and node.index not in self.graph.whole
             movable = editable and whole_result and node.index == self.call_nodes[node.call][-1]
         convertible = tuple(self._convertible(node, i, editable) for i in operands)
-        return Setting(movable, convertible, editable)
+        never = self.options.replicate == "never"
+        gather = GATHER_PENALTY_PS if never and self.block_of(node.module) else 0
+        return Setting(movable, convertible, editable, gather, GATHER_PENALTY_PS // 2 if never else 0)
 
     def _convertible(self, node: Node, operand: int, editable: bool) -> bool:
         value = self.graph.nodes[operand]
@@ -280,13 +289,20 @@ class _Builder:
         return self.domain_ids.setdefault(domain, len(self.domain_ids))
 
     def _outputs(self) -> None:
+        """What the model returns is whole; where its gradient is partial, what the caller adds counts on one rank."""
         for index in dict.fromkeys(self.graph.outputs):
             variable = self.out.variable[index]
-            domain = self.out.domains[variable]
-            table = np.array([0 if s == WHOLE else INFEASIBLE for s in domain], dtype=np.int64)
-            if not (table == 0).any():
-                table = np.array([0 if isinstance(s, Replicate) else INFEASIBLE for s in domain], dtype=np.int64)
-            self.factors.append(Factor((variable,), table))
+            lift = self.pricing.weighed(self.pricing.move(RETURNED, self.graph.nodes[index].nbytes))
+            price: dict[Stored, int] = {WHOLE: 0, PARTIAL_GRAD: lift}
+            table = [price.get(s, INFEASIBLE) for s in self.out.domains[variable]]
+            self.factors.append(Factor((variable,), np.array(table, dtype=np.int64)))
+
+    def _unmoved(self) -> None:
+        """Values that share memory with one changed in place stay replicated."""
+        for index in sorted(self.graph.whole):
+            variable = self.out.variable[index]
+            table = [0 if isinstance(s, Replicate) else INFEASIBLE for s in self.out.domains[variable]]
+            self.factors.append(Factor((variable,), np.array(table, dtype=np.int64)))
 
     def _same_site_same_choice(self) -> None:
         """Several calls of one site share one edit, so their results are stored alike."""

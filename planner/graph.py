@@ -15,6 +15,10 @@ import torch
 from .sites import Site
 
 LEAVES = frozenset({"parameter", "buffer", "input", "constant"})
+VIEWS = frozenset({
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "mT", "unsqueeze", "squeeze", "expand", "slice", "select",
+    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow", "movedim", "swapaxes", "expand_as", "view_as",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,10 @@ class Graph:
         nodes: In execution order.
         calls: Recorded API calls.
         outputs: The model's output values.
+        output_paths: Where they are in what the model returns, keys and positions joined by dots.
         ties: Alias fqn -> the fqn whose parameter object it shares.
         blocks: In execution order.
+        whole: Nodes that share memory with a tensor changed in place; they stay replicated and unmoved.
         findings: What the trace assumed or could not see.
         assumptions: Facts of the trace a plan must record (dtype, mode, versions, implementations).
     """
@@ -121,8 +127,10 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    output_paths: list[str] = field(default_factory=list)
     ties: dict[str, str] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
+    whole: set[int] = field(default_factory=set)
     findings: list[str] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
 

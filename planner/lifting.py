@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .blocks import block_paths
 from .call_record import TAG, RawCall
 from .folding import Folding
-from .graph import Block, Call, Graph, Node, Ref
+from .graph import VIEWS, Block, Call, Graph, Node, Ref
+from .rules.base import wrapped
 from .sites import Site, frame_of
 
 _NOISE = frozenset(
@@ -123,6 +124,8 @@ class _Lifting:
             return
         if name in _NOISE:
             return
+        if name == "copy_" and self._written_slice(node):
+            return
         args = pytree.tree_map_only(torch.fx.Node, lambda n: self.value[n], tuple(node.args))
         kwargs = pytree.tree_map_only(torch.fx.Node, lambda n: self.value[n], dict(node.kwargs))
         val = node.meta.get("val")
@@ -133,6 +136,36 @@ class _Lifting:
                 self.value[node] = args[0]
                 return
         self._append(node, name, args, kwargs, node.target._overloadname)
+        if name.endswith("_") and not name.endswith("__"):
+            self._changed_in_place(node)
+
+    def _written_slice(self, node: torch.fx.Node) -> bool:
+        """``base[.., a:b, ..].copy_(source)`` as a value: from here on, ``base`` is what it has become."""
+        view, source = node.args[0], node.args[1]
+        if not isinstance(view, torch.fx.Node) or view.target is not torch.ops.aten.slice.Tensor:
+            return False
+        base = view.args[0]
+        if not isinstance(base, torch.fx.Node) or not isinstance(self.value.get(base), Ref):
+            return False
+        held = self.value[base]
+        shape = self.graph.nodes[held.index].shape  # type: ignore[union-attr]
+        dim, start, stop = (*view.args[1:4], None, None, None)[:3]
+        arguments = (held, self.value[source], wrapped(dim, len(shape)), start, stop)  # type: ignore[index,arg-type]
+        self._append(node, "slice_scatter", arguments, {}, "")
+        self.graph.nodes[-1].shape = shape
+        self.value[base] = Ref(self.graph.nodes[-1].index)
+        return True
+
+    def _changed_in_place(self, node: torch.fx.Node) -> None:
+        """What an in-place operator on a view touches beside its result cannot be moved or split."""
+        view = node.args[0] if node.args else None
+        chain = []
+        while isinstance(view, torch.fx.Node) and _name(view) in VIEWS and view.args:
+            chain.append(view)
+            view = view.args[0]
+        if chain:
+            touched = [self.value.get(n) for n in (node, *chain, view) if isinstance(n, torch.fx.Node)]
+            self.graph.whole |= {r.index for r in touched if isinstance(r, Ref)}
 
     def _append(
         self, node: torch.fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overload: str
@@ -255,6 +288,10 @@ def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list
             ("input", pytree.keystr(path).strip("[]'\"").replace("']['", ".").replace("'][", ".").replace("][", "."))
         )
     return names
+
+
+def _name(node: torch.fx.Node) -> str:
+    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def _module_path(node: torch.fx.Node) -> str:

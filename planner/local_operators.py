@@ -17,7 +17,20 @@ from .rules.base import wrapped
 
 Placed = Mapping[int, Placement | tuple[Placement, ...]]
 
-_SIZED = frozenset({"view", "reshape", "expand", "unflatten", "_unsafe_view", "broadcast_to"})
+_SIZED = frozenset(
+    {
+        "view",
+        "reshape",
+        "expand",
+        "unflatten",
+        "_unsafe_view",
+        "broadcast_to",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+    }
+)
 
 
 def local_form(

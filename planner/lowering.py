@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,6 +65,7 @@ class Lowered:
         parameters: Every parameter's layout, in graph order.
         calls: Edits per site, in graph order.
         inputs: Model inputs whose gradient is partial on each rank.
+        outputs: Paths of returned values whose gradient is partial.
         collectives: Of one step, forward then backward.
         stored: Stored placement per node.
         choices: What was chosen per operator node.
@@ -73,6 +75,7 @@ class Lowered:
     parameters: list[ParameterEdit] = field(default_factory=list)
     calls: dict[Site, CallEdit] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     stored: list[Stored] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
@@ -110,6 +113,8 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
             out.parameters.append(_parameter(node, out.stored[node.index], node.index in lifted))
         elif node.op == "input" and node.differentiable:
             out.inputs.append(node.fqn)
+    partial = zip(graph.output_paths, graph.outputs, strict=True)
+    out.outputs = [path for path, index in partial if out.stored[index] == PARTIAL_GRAD]
     out.collectives = _collectives(formulation, out, workload)
     return out
 
@@ -261,19 +266,18 @@ def _parameter_gradients(formulation: Formulation, out: Lowered, workload: str, 
 
 
 def _hidden_bytes(formulation: Formulation, block_of: BlockOf) -> int:
-    """Bytes of the hidden state: the largest floating value that crosses from one block to another."""
-    graph, largest = formulation.graph, 0
+    """Bytes of the hidden state: of the floating values that cross from block to block, the size that most have."""
+    graph = formulation.graph
+    crossing: dict[int, None] = {}
     for node in graph.nodes:
+        here = block_of(node.module)
         for operand in node.operands:
             value = graph.nodes[operand]
-            if (
-                not is_leaf(value)
-                and value.differentiable
-                and block_of(value.module)
-                and block_of(value.module) != block_of(node.module)
-            ):
-                largest = max(largest, value.nbytes)
-    return largest
+            there = block_of(value.module)
+            if value.differentiable and not is_leaf(value) and there and there != here:
+                crossing[operand] = None
+    sizes = Counter(graph.nodes[index].nbytes for index in crossing)
+    return max(sizes, key=lambda nbytes: (sizes[nbytes], nbytes), default=0)
 
 
 def _from_embedding(formulation: Formulation, node: Node) -> bool:

@@ -36,8 +36,8 @@ def content_of(plan: Plan) -> dict[str, Any]:
     folded = fold_paths(parameters)
     order = _order(list(parameters), list(expand_paths(folded)))
     calls: dict[str, list[dict[str, Any]]] = {}
-    for site, edit in sorted(plan.calls.items(), key=lambda item: (natural(item[0].module), _by_position(item[0]))):
-        calls.setdefault(site.module or ".", []).append(_call(site, edit, sources, plan.tp))
+    for site in sorted(plan.calls, key=lambda site: _place(site, sources)):
+        calls.setdefault(site.module or ".", []).append(_call(site, plan.calls[site], sources, plan.tp))
     return {
         "name": plan.name,
         "tp": plan.tp,
@@ -60,9 +60,7 @@ def content_of(plan: Plan) -> dict[str, Any]:
         **_unless_empty(parameter_order=order),
         "ties": dict(sorted(plan.ties.items())),
         "inputs": list(plan.inputs),
-        "collectives": _folded(
-            [tuple(getattr(c, name) for name in COLLECTIVE_FIELDS) for c in plan.collectives], COLLECTIVE_FIELDS
-        ),
+        "collectives": _folded(collectives, COLLECTIVE_FIELDS),
         "calls": fold_paths(calls),
         "assumptions": dict(sorted(plan.assumptions.items())),
     }
@@ -78,8 +76,10 @@ def _order(names: list[str], as_read: list[str]) -> str:
     return "" if names == as_read else ranges_text([position[name] for name in names])
 
 
-def _by_position(site: Site) -> tuple[tuple[int, tuple[int, ...], str], ...]:
-    return tuple((frame.firstlineno, frame.span, frame.qualname) for frame in site.frames)
+def _place(site: Site, sources: Sources) -> tuple[object, ...]:
+    """Modules by path, their calls as they stand in the source."""
+    lines = tuple((frame.firstlineno, frame.span) for frame in site.frames)
+    return natural(site.module), lines, chain_text(site.frames, sources)
 
 
 def _folded(rows: list[Row], names: tuple[str, ...] | None) -> list[Any]:

@@ -96,6 +96,7 @@ class Plan:
         ties: Alias -> name.
         calls: Edits of call expressions.
         inputs: Floating inputs whose gradient would be partial on each rank.
+        outputs: Paths of returned values whose gradient is partial on each rank.
         collectives: Of one step, in order.
         unsplit: ``(fqn, bytes, reason)`` of every weight left whole.
         findings: What the user should know.
@@ -119,6 +120,7 @@ class Plan:
     assumptions: Mapping[str, str]
     cost: PlannedCost
     memory_bytes: Mapping[str, int]
+    outputs: tuple[str, ...] = ()
     statistics: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @cached_property

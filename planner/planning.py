@@ -129,6 +129,7 @@ def _plan(
         ties=dict(graph.ties),
         calls=lowered.calls,
         inputs=tuple(lowered.inputs),
+        outputs=tuple(lowered.outputs),
         collectives=tuple(lowered.collectives),
         unsplit=unsplit,
         findings=_findings(formulation, options),

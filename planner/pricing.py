@@ -12,7 +12,7 @@ import torch
 from colrow.cost_models.compute import operator_s
 from colrow.cost_models.hardware import Hardware
 
-from .graph import Node, numel
+from .graph import VIEWS, Node, numel
 from .moves import Move
 from .placement import Placement, Shard
 
@@ -20,11 +20,6 @@ Phase = Literal["prefill", "decode", "train"]
 
 BACKWARD_SHARE = 1024
 """An inference plan minimises forward time; its backward pass counts one part in 1024, so that it also trains well."""
-
-VIEWS = frozenset({
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "mT", "unsqueeze", "squeeze", "expand", "slice", "select",
-    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow", "movedim", "swapaxes", "expand_as", "view_as",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)

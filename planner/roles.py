@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .blocks import outermost
-from .graph import Graph, Node, numel
+from .graph import VIEWS, Graph, Node, numel
 from .placement import WHOLE
-from .pricing import VIEWS
 from .rules import Operation
 from .rules.products import FACTORS
 
@@ -107,7 +106,7 @@ def label_of(graph: Graph, product: Node, operand: int, dim: int) -> str:
     """``column`` if an operand's ``dim`` appears in the product's result, ``row`` if it is summed, ``vocab`` for an embedding's rows."""
     if product.op == "embedding":
         return "vocab" if dim == 0 else "column"
-    factors = FACTORS[product.op](Operation(product, graph.nodes, {i: WHOLE for i in product.operands}))
+    factors = FACTORS[product.op](Operation(product, graph.nodes, dict.fromkeys(product.operands, WHOLE)))
     if factors is None:
         return "column"
     labels = next(labels for ref, labels in factors.operands if ref.index == operand)

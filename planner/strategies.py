@@ -72,12 +72,16 @@ class Setting:
         movable: The result may be moved where it is made.
         convertible: Per operand (distinct, in order): a reader may change it locally.
         editable: Its call may be edited.
+        gather_ps: Price of gathering the result, beside its time.
+        slice_ps: Price of cutting a replicated activation for one reader, beside its time.
         fixed: The only moves allowed, of the operands and of the result; None where all are open.
     """
 
     movable: bool
     convertible: tuple[bool, ...]
     editable: bool = False
+    gather_ps: int = 0
+    slice_ps: int = 0
     fixed: tuple[tuple[Move | None, ...], Move | None] | None = None
 
 
@@ -210,8 +214,8 @@ def tabulate(
     for index in np.ndindex(*(len(d) for d in domains)):
         best: dict[Stored, int] = {}
         stored = [d[i] for d, i in zip(domains, index, strict=True)]
-        for _, made, compute, changes in choices(graph, node, stored, setting, pricing, slices):
-            price = pricing.weighed(compute + changes)
+        for combination, made, compute, changes in choices(graph, node, stored, setting, pricing, slices):
+            price = pricing.weighed(compute + changes) + setting.slice_ps * cuts(graph, node, combination)
             if price < best.get(made, INFEASIBLE):
                 best[made] = price
         for made, price in best.items():
@@ -224,7 +228,7 @@ def tabulate(
         for at, target in enumerate(domain):
             extra = moves[(made, target)]
             if extra is not None:
-                total = price + pricing.weighed(extra)
+                total = price + pricing.weighed(extra) + (setting.gather_ps if is_gather(made, target) else 0)
                 table[(*index, at)] = min(table[(*index, at)], total)
     return Choices(domain, table)
 
@@ -239,6 +243,19 @@ def stored_domain(node: Node, made: Sequence[Stored], movable: bool) -> Domain:
     elif movable and not node.outputs and any(isinstance(m, Shard) for m in made):
         targets[WHOLE] = None
     return tuple(sorted(targets, key=_preference))
+
+
+def cuts(graph: Graph, node: Node, combination: Sequence[Conversion]) -> int:
+    """How many activations are cut for this reader."""
+    return sum(
+        c.move is not None and c.move.forward == "slice" and graph.nodes[i].differentiable
+        for i, c in zip(reads(node), combination, strict=True)
+    )
+
+
+def is_gather(made: Stored, target: Stored) -> bool:
+    """Whether storing is an all_gather."""
+    return isinstance(made, Shard) and isinstance(target, Replicate)
 
 
 def _preference(stored: Stored) -> int:
@@ -263,8 +280,8 @@ def price_move(node: Node, made: Stored, target: Stored, setting: Setting, prici
         return Cost()
     if not setting.movable or isinstance(made, tuple) or isinstance(target, tuple):
         return None
-    if isinstance(made, Replicate) and isinstance(target, Partial):
-        return None
+    if isinstance(made, (Replicate, Partial)) and isinstance(target, (Partial, Shard)):
+        return None  # splitting the values between matmuls is sequence parallelism, which is asked for
     if not node.differentiable and isinstance(target, Replicate) and target.partial_grad:
         return None
     step = move(made, target)
@@ -290,6 +307,8 @@ def best_choice(
         if extra is None:
             continue
         price = pricing.weighed(compute + changes) + pricing.weighed(extra)
+        price += setting.gather_ps if is_gather(made, result) else 0
+        price += setting.slice_ps * cuts(graph, node, combination)
         if best is None or price < best[0]:
             step = None if isinstance(made, tuple) or isinstance(result, tuple) else move(made, result)
             best = price, Choice(combination, made, result, step, compute, changes + extra)

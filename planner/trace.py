@@ -45,8 +45,11 @@ def trace(model: nn.Module, example_inputs: Inputs, *, fold: bool = True) -> Gra
     if fold:
         try:
             return _traced(model, example_inputs, Folding(model))
-        except Exception:  # a block that reads what differs between its copies; the unfolded trace decides
-            pass
+        except Exception as error:  # a block that reads what differs between its copies; the unfolded trace decides
+            reason = _first_line(error.__cause__ or error)
+        graph = _traced(model, example_inputs, Folding(model, enabled=False))
+        graph.assumptions["folding"] = f"off: {reason}"
+        return graph
     return _traced(model, example_inputs, Folding(model, enabled=False))
 
 
@@ -60,14 +63,16 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph
             if not folding.covers(name)
         }
     inputs = pytree.tree_map_only(Tensor, _on_cpu, example_inputs)
-    result_spec: list[Any] = []
+    paths: list[str] = []
 
     def run(state: dict[str, Tensor], inputs: Inputs) -> list[Tensor]:
         args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
         result = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
-        leaves, spec = pytree.tree_flatten(_plain(result))
-        result_spec.append(spec)
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        leaves = [
+            (path, leaf) for path, leaf in pytree.tree_flatten_with_path(_plain(result))[0] if isinstance(leaf, Tensor)
+        ]
+        paths[:] = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in leaves]
+        return [leaf for _, leaf in leaves]
 
     run._orig_mod = model  # type: ignore[attr-defined]  # make_fx reads module paths from it
     recorder = CallRecorder()
@@ -93,7 +98,7 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph
                 remedy="Pass other example inputs, or make the data-dependent branch static.",
             ) from error
     graph = graph_of(traced, recorder.calls, model, state, inputs, folding)
-    graph.ties = ties
+    graph.ties, graph.output_paths = ties, paths
     graph.assumptions.update(_assumptions(model))
     return graph
 
@@ -128,7 +133,7 @@ def _plain(result: Any) -> Any:
     return result
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from colrow.cost_models.errors import PlanFileError, UsageError
 from colrow.planner.blocks import block_paths, outermost
 from colrow.planner.edits import CallEdit, ParameterEdit
+from colrow.planner.formulation import RETURNED
 from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan
 from colrow.planner.sites import Frame, Site
@@ -60,6 +61,8 @@ def parallelize(
     install_regions(model, outermost(block_paths(model)), stored, group)
     if plan.inputs:
         model.register_forward_pre_hook(InputGradients(plan.inputs, group), with_kwargs=True)
+    if plan.outputs:
+        model.register_forward_hook(OutputGradients(plan.outputs, group))
     return model
 
 
@@ -77,6 +80,33 @@ class InputGradients:
             return None
         moved = {key: apply_move(v, _COPY, self.group) if str(key) in self.names else v for key, v in named}
         return tuple(moved[i] for i in range(len(args))), {key: moved[key] for key in kwargs}
+
+
+class OutputGradients:
+    """Post-hook of the model: what the caller does with a returned value whose gradient is partial counts on one rank."""
+
+    def __init__(self, paths: tuple[str, ...], group: TpGroup) -> None:
+        self.paths, self.group = [path.split(".") for path in paths], group
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Lifts the gradient of such values, in the containers they are returned in."""
+        del module, args
+        for path in self.paths:
+            output = self._changed(output, path)
+        return output
+
+    def _changed(self, tree: Any, path: list[str]) -> Any:
+        if not path:
+            wants = isinstance(tree, Tensor) and tree.requires_grad
+            return apply_move(tree, RETURNED, self.group) if wants else tree
+        key, rest = path[0], path[1:]
+        if isinstance(tree, MutableMapping):
+            if key in tree:
+                tree[key] = self._changed(tree[key], rest)
+        elif isinstance(tree, (tuple, list)) and key.isdigit() and int(key) < len(tree):
+            items = [self._changed(item, rest) if i == int(key) else item for i, item in enumerate(tree)]
+            return items if isinstance(tree, list) else tuple(items)
+        return tree
 
 
 _COPY = Move("identity", "all_reduce")

@@ -95,7 +95,27 @@ def last_two(op: Operation) -> Result:
             return placement
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+@rule("slice_scatter")
+def slice_scatter(op: Operation) -> Result:
+    """``base`` with a slice replaced by ``source`` (broadcast): split alike along the other dims."""
+    base, source, dim = op.argument(0), op.argument(1), op.argument(2)
+    match op.placement(base):
+        case Shard(d, layout):
+            at = d - len(op.shape(base)) + len(op.shape(source))
+            is_split = at >= 0 and op.shape(source)[at] != 1
+            wanted = Shard(at, layout) if is_split else WHOLE
+            return op.placement(base) if d != dim and op.placement(source) == wanted else None
+        case Partial():
+            return PARTIAL if isinstance(op.placement(source), Partial) else None
+        case Replicate():
+            return WHOLE if isinstance(op.placement(source), Replicate) else None
+    return None
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty")
 def factory(op: Operation) -> Result:
-    """Made from a shape: what the operand holds does not matter."""
+    """Made from a shape: what the operand holds does not matter, but a length measured on a split dim is local."""
+    placement, sizes = op.placement(op.argument(0)), op.argument(1)
+    if isinstance(placement, Shard) and len(sizes) == len(op.shape(op.argument(0))):
+        return placement if sizes[placement.dim] == placement.layout.size else None
     return WHOLE
