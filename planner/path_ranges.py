@@ -214,12 +214,10 @@ _Skeleton = tuple[Row, tuple[tuple[str, int], ...]]
 
 def _repeats(rows: Sequence[_Skeleton], at: int) -> Iterator[tuple[str, int, int, int, int]]:
     """Ways to fold at row ``at``: ``(prefix, period, times, first index, step)``."""
-    anchor = next(
-        ((prefix, number) for prefix, number in rows[at][1] if prefix[:1].isalpha() or prefix[:1] == "_"), None
-    )
-    if anchor is None:
+    numbers = rows[at][1]
+    if not numbers:
         return
-    prefix, first = anchor
+    prefix, first = next((found for found in numbers if found[0][:1].isidentifier()), numbers[0])
     for period in range(1, min(LONGEST_PERIOD, (len(rows) - at) // 2) + 1):
         step = _shift(rows[at], rows[at + period], prefix)
         if not step:

@@ -74,6 +74,7 @@ def plan_of(document: PlanDocument) -> Plan:
         ties=document.ties,
         calls=calls,
         inputs=tuple(document.inputs),
+        outputs=tuple(document.outputs),
         collectives=tuple(Collective(*row) for row in _rows("collectives", document.collectives, COLLECTIVE_FIELDS)),
         unsplit=tuple(
             (fqn, nbytes, reason) for fqn, nbytes, reason in _rows("unsplit", document.unsplit, UNSPLIT_FIELDS)

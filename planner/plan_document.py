@@ -196,6 +196,7 @@ class PlanDocument(_Fields):
     parameter_order: str | None = None
     ties: dict[str, str]
     inputs: list[str]
+    outputs: list[str] = []
     collectives: Collectives
     calls: dict[str, list[CallEntry]]
     assumptions: dict[str, str]

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from .edits import CallEdit
 from .layout import Layout, Segment, even
+from .lowering import Collective
 from .moves import Move
 from .path_ranges import Repeat, Row, expand_paths, fold_paths, fold_rows, natural, ranges_text
 from .plan_model import Plan, PlannedCost, PlannedParameter
 from .site_text import Sources, chain_text
 from .sites import Site
 
-COLLECTIVE_FIELDS = (
-    "kind",
-    "nbytes",
-    "direction",
-    "workload",
-    "site",
-    "block",
-    "forced_by",
-    "category",
-    "bucket",
-    "ps",
-)
+COLLECTIVE_FIELDS = tuple(field.name for field in fields(Collective))
 UNSPLIT_FIELDS = ("parameter", "nbytes", "reason")
 
 
@@ -60,6 +51,7 @@ def content_of(plan: Plan) -> dict[str, Any]:
         **_unless_empty(parameter_order=order),
         "ties": dict(sorted(plan.ties.items())),
         "inputs": list(plan.inputs),
+        **_unless_empty(outputs=list(plan.outputs)),
         "collectives": _folded(collectives, COLLECTIVE_FIELDS),
         "calls": fold_paths(calls),
         "assumptions": dict(sorted(plan.assumptions.items())),
