@@ -1,8 +1,8 @@
 """Optimiser state in dense order: what ``storage`` does for a model's state dict, done for its optimiser's.
 
 Moments of a reordered parameter (segments, padding) are permuted and padded as the parameter is. Saved like that they
-would fit the same layout only, and a checkpoint resumed at another group size would silently be wrong. With the hooks of
-this module ``optimizer.state_dict()`` (so ``get_optimizer_state_dict`` and DCP) gives and takes what a dense one would.
+would fit the same layout only, and a checkpoint resumed at another group size would silently be wrong. With these hooks
+``optimizer.state_dict()`` (so ``get_optimizer_state_dict`` and DCP) gives and takes what a dense one would.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class Region:
     def __init__(self, module: nn.Module, readers: list[Reader], group: TpGroup) -> None:
         self.module, self.readers, self.group = module, readers, group
         self.depth = 0  # of nested calls: a module that calls itself reads its parameters once
-        self.installed: list[Slot] = []
+        self.is_installed = False
         module.register_forward_pre_hook(self.enter)
         module.register_forward_hook(self.leave, always_call=True)
 
@@ -148,10 +148,12 @@ class Region:
         grad, rank = torch.is_grad_enabled(), self.group.rank
         readers: list[Reader] = []
         parameters: list[Tensor] = []
+        self.is_installed = True
         for reader in self.readers:
             owner, name = reader.slots[0]
             p: Any = owner._parameters[name]
             if len(p._spec.placements) != 1:  # FSDP2 has it in pieces
+                self.remove()
                 self.hand_on()
                 self.depth -= 1
                 return self.enter(module, args)
@@ -159,8 +161,9 @@ class Region:
                 readers.append(reader)
                 parameters.append(p)
             else:
-                local = p._local_tensor
-                self.install(reader, local if reader.is_plain else reader.read(local, rank))
+                view = p._local_tensor if reader.is_plain else reader.read(p._local_tensor, rank)
+                for owner, name in reader.slots:
+                    owner.__dict__[name] = view
         if readers:
             if torch.compiler.is_compiling():
                 stored = [cast(DTensor, p).to_local() for p in parameters]
@@ -168,22 +171,22 @@ class Region:
             else:
                 views = _Read.apply(readers, self.group, *parameters)  # type: ignore[no-untyped-call]
             for reader, view in zip(readers, views, strict=True):
-                self.install(reader, view)
+                for owner, name in reader.slots:
+                    owner.__dict__[name] = view
         return None
-
-    def install(self, reader: Reader, view: Tensor) -> None:
-        """Let every owner of the parameter see ``view`` under its name."""
-        for slot in reader.slots:
-            slot[0].__dict__[slot[1]] = view
-        self.installed += reader.slots
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, called after exceptions too: take the views out again."""
         self.depth = max(0, self.depth - 1)
-        if self.depth == 0:
-            for owner, name in self.installed:
+        if self.depth == 0 and self.is_installed:
+            self.remove()
+
+    def remove(self) -> None:
+        """Take the views out: the owners show their parameters again."""
+        self.is_installed = False
+        for reader in self.readers:
+            for owner, name in reader.slots:
                 owner.__dict__.pop(name, None)
-            self.installed.clear()
 
     def hand_on(self) -> None:
         """Give the parameters that FSDP2 gathers inside this module to regions at those FSDP modules, for good.

@@ -313,3 +313,25 @@ def test_a_part_of_what_fsdp2_shards_is_refused():
         assert not views(model)
 
     run_ranks(run, 2, "gloo")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_fsdp2_inside_a_block(grad):
+    """The block's own parameters come from the root's gathering, a part's from its own: both are read."""
+
+    def run():
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+        model = split(copy.deepcopy(DENSE), 1, mesh)
+        fully_shard(model.blocks[0].up, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+        for _ in range(2):
+            with torch.set_grad_enabled(grad):
+                out = model(inputs())
+            torch.testing.assert_close(out, DENSE(inputs()).detach(), rtol=1e-12, atol=1e-12)
+            assert not views(model)
+        if grad:
+            (out * cotangent()).sum().backward()
+            for name, value in dense_grads(model).items():
+                torch.testing.assert_close(value, expected()[1][name], rtol=1e-10, atol=1e-10, msg=name)
+
+    run_ranks(run, 2, "gloo")
