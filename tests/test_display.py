@@ -1,0 +1,154 @@
+"""A plan as people read it: everything the plan says is on the page, at 80 columns too."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from small_plans import all_reduce, small_plan
+
+from colrow.rewrite import display
+
+GOLDEN = """\
+Small on 2 ranks of h100-sxm
+  train: ids int64 [2, 16], scale=0.5
+  predicted step: 12.0 us = 4.10 us compute + 7.90 us communication (66%)
+  proven optimal: no plan in the stated space takes less predicted time
+  93.22% of the matmul, embedding and expert bytes are split
+  digest DIGEST
+
+Outside the blocks
+  parameter       placement   shape   per rank
+  embed.weight    vocab       32 x 8  16 x 8
+  kv.weight       column      4 x 8   4 x 8     shared by ranks
+  odd.weight      column      6 x 8   4 x 8     padded
+  router.weight   replicated  4 x 8   4 x 8
+  lm_head.weight  vocab       32 x 8  16 x 8    is embed.weight
+
+  collective      bytes     time  after    forced by
+  forward
+    all_gather  4.10 kB  2.00 us  lm_head  the model's output  [head]
+
+layers.{0-2}  (3 equal blocks)
+  parameter        placement   shape   per rank
+  attn.qkv.weight  column      16 x 8  8 x 8     each of 8 + 4 + 4
+  attn.o.weight    row         8 x 8   8 x 4
+  attn.o.bias      replicated  8       8         added on rank 0
+  norm.weight      replicated  8       8         gradient summed
+
+  blocks 0-1:
+  collective      bytes     time  after     forced by
+  forward
+    all_reduce  1.02 kB  2.00 us  attn.o    add in the next block's norm
+  backward
+    all_reduce  1.02 kB  2.00 us  norm      gradient of linear in norm
+    all_reduce     32 B   500 ns  (itself)  partial gradients of replicated parameters  [parameter gradient]
+
+  block 2:
+  collective      bytes     time  after     forced by
+  forward
+    all_reduce  1.02 kB  2.00 us  attn.o    layer_norm in norm
+  backward
+    all_reduce  1.02 kB  2.00 us  norm      gradient of linear in norm
+    all_reduce     32 B   500 ns  (itself)  partial gradients of replicated parameters  [parameter gradient]
+
+Collectives of one step
+  category            collective  direction  count    bytes     time
+  block               all_reduce  forward        3  3.07 kB  6.00 us
+  head                all_gather  forward        1  4.10 kB  2.00 us
+  block               all_reduce  backward       3  3.07 kB  6.00 us
+  parameter gradient  all_reduce  backward       3     96 B  1.50 us
+  all                             forward        4  7.17 kB  8.00 us
+  all                             backward       6  3.17 kB  7.50 us
+
+Memory per rank
+  kind         bytes
+  weights    4.10 kB
+  gradients  4.10 kB
+  all        8.19 kB  of 80 GB
+
+Not split
+  parameter      bytes  reason
+  router.weight  128 B  pinned
+
+Findings
+  - operator without a rule, its operands are replicated: foo (3x)
+  for layers.{0-2}:
+    - seen in layers.{i}
+"""
+
+
+def shown(plan, width=None):
+    stream = io.StringIO()
+    console = display.console(stream) if width is None else Console(file=stream, width=width, markup=False)
+    console.print(display.render(plan))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def test_golden():
+    assert shown(small_plan()) == GOLDEN.replace("DIGEST", small_plan().digest[:16])
+
+
+def test_plain_text_where_there_is_no_terminal():
+    stream = io.StringIO()
+    display.console(stream).print(display.render(small_plan()))
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_it_fits_80_columns():
+    text = shown(small_plan(), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    joined = "".join(text.split())
+    for fact in ("layers.{0-2}", "attn.qkv.weight", "8+4+4", "1.02kB", "layer_norminnorm", "[parametergradient]"):
+        assert fact in joined
+
+
+def test_brackets_are_text_not_markup():
+    assert "read by [bold]x[/bold]" in shown(small_plan(findings=("read by [bold]x[/bold]",)))
+
+
+def test_an_open_proof_shows_its_gap():
+    plan = small_plan()
+    text = shown(replace(plan, cost=replace(plan.cost, proven=False, lower_bound_s=10e-6)))
+    assert "NOT proven optimal: the lower bound is 10.0 us, a gap of 20.00%" in text
+
+
+def test_a_backward_pass_that_nobody_asked_for_says_so():
+    plan = small_plan()
+    prefill = replace(plan, workloads=(replace(plan.workloads[0], phase="prefill"),))
+    assert "backward, if trained" in shown(prefill)
+    assert "backward, if trained" not in shown(plan)
+
+
+def test_nothing_left_whole_is_said():
+    assert "nothing: every matmul, embedding and expert weight is split" in shown(small_plan(unsplit=()))
+
+
+def test_a_hardware_file_that_is_gone_is_no_error():
+    assert "8.19 kB\n" in shown(small_plan(hardware="my-machine"))
+
+
+def test_the_cap_asked_for_is_the_limit():
+    assert "of 40 GB" in shown(small_plan(options={"memory_gb": 40}))
+
+
+def test_a_statistic_is_marked():
+    statistic = all_reduce("layers.0", "layers.0.norm", "add in layers.0.norm", category="statistic", nbytes=64)
+    assert "add in norm  [statistic]" in shown(small_plan(collectives=(statistic,)))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 s"), (1.5e-9, "1.50 ns"), (16.8e-6, "16.8 us"), (0.0199, "19.9 ms"), (2.5, "2.50 s"), (250, "250 s")],
+)
+def test_seconds(value, text):
+    assert display.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (999, "999 B"), (16777216, "16.8 MB"), (80e9, "80.0 GB"), (2e12, "2.00 TB")]
+)
+def test_bytes(value, text):
+    assert display.nbytes(value) == text
