@@ -18,12 +18,15 @@ import numpy as np
 
 from .candidates import Candidates, candidates
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
+from .edits import CallEdit, ParameterEdit
 from .graph import VIEWS, Graph, Node, Ref
+from .local_operators import leaves_of
 from .moves import Move
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from .pricing import Pricing
-from .roles import SMALL_SHARE, BlockOf, Weight, canonical, label_of, outer_blocks, weights
-from .strategies import Choices, Domain, Setting, Stored, is_leaf, reads, slice_options, tabulate
+from .roles import SMALL_SHARE, BlockOf, Weight, canonical, crossing, hidden_bytes, label_of, outer_blocks, weights
+from .sites import Site
+from .strategies import Choices, Domain, Fixed, Setting, Stored, is_leaf, reads, slice_options, tabulate
 
 REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38
@@ -76,6 +79,8 @@ class Options:
         memory_cap: Bytes per rank for what the memory factors count.
         editable: Reason why a call site cannot be edited; None if it can.
         frozen: Sites (module, frames) that must not be edited.
+        fixed_calls: The only moves allowed, by site; None where all are open.
+        fixed_parameters: The only layouts allowed, by parameter.
     """
 
     replicate: str = "never"
@@ -83,6 +88,8 @@ class Options:
     memory_cap: int | None = None
     editable: Callable[[tuple[object, ...]], str | None] = lambda frames: None
     frozen: frozenset[object] = frozenset()
+    fixed_calls: Mapping[Site, CallEdit] | None = None
+    fixed_parameters: Mapping[str, ParameterEdit] | None = None
 
 
 def formulate(
@@ -124,6 +131,7 @@ class _Builder:
             else:
                 self._operator(node)
         self._outputs()
+        self._hidden_states()
         self._unmoved()
         self._same_site_same_choice()
         factors = tuple(self.factors)
@@ -153,8 +161,10 @@ class _Builder:
         pinned = self._pinned(node, weight, splits)
         wholes: list[Stored] = [WHOLE, *([PARTIAL_GRAD] if node.differentiable else [])]
         penalty = 0
-        if pinned is not None:
-            domain: Domain = tuple(pinned)
+        if self.options.fixed_parameters is not None:
+            domain: Domain = _given(self.options.fixed_parameters[node.fqn])
+        elif pinned is not None:
+            domain = tuple(pinned)
             self.out.reasons[node.index] = "pinned"
         elif weight is not None and splits:
             domain = (*splits, *wholes)
@@ -273,7 +283,26 @@ class _Builder:
         convertible = tuple(self._convertible(node, i, editable) for i in operands)
         never = self.options.replicate == "never"
         gather = GATHER_PENALTY_PS if never and self.block_of(node.module) else 0
-        return Setting(movable, convertible, editable, gather, GATHER_PENALTY_PS // 2 if never else 0)
+        fixed = self._fixed(node, operands, movable, editable)
+        return Setting(movable, convertible, editable, gather, GATHER_PENALTY_PS // 2 if never else 0, fixed)
+
+    def _fixed(self, node: Node, operands: tuple[int, ...], movable: bool, editable: bool) -> Fixed | None:
+        """The moves a given plan makes at this operator."""
+        calls, parameters = self.options.fixed_calls, self.options.fixed_parameters
+        if calls is None or parameters is None:
+            return None
+        call = self.graph.calls[node.call] if editable else None
+        edit = calls.get(call.site, CallEdit()) if call is not None else CallEdit()
+        moves: list[Move | None] = []
+        for index in operands:
+            value = self.graph.nodes[index]
+            if value.op == "parameter":
+                lifted = parameters[value.fqn].lifted
+                moves.append(Move("lift", "identity") if lifted else None)
+            else:
+                leaves = leaves_of(call, index) if call is not None else []
+                moves.append(next((step for leaf, step in edit.arguments if leaf in leaves), None))
+        return tuple(moves), edit.result if movable else None
 
     def _convertible(self, node: Node, operand: int, editable: bool) -> bool:
         value = self.graph.nodes[operand]
@@ -296,6 +325,20 @@ class _Builder:
             price: dict[Stored, int] = {WHOLE: 0, PARTIAL_GRAD: lift}
             table = [price.get(s, INFEASIBLE) for s in self.out.domains[variable]]
             self.factors.append(Factor((variable,), np.array(table, dtype=np.int64)))
+
+    def _hidden_states(self) -> None:
+        """Between blocks the hidden state is not split: that is sequence parallelism's, or pure time's, to choose."""
+        if self.options.replicate != "never":
+            return
+        hidden = hidden_bytes(self.graph)
+        for index in crossing(self.graph):
+            domain = self.out.domain(index)
+            if self.graph.nodes[index].nbytes == hidden and any(isinstance(s, Shard) for s in domain):
+                key = ("hidden", self._id(domain))
+                if key not in self.unary:
+                    column = [GATHER_PENALTY_PS * isinstance(s, Shard) for s in domain]
+                    self.unary[key] = np.array(column, dtype=np.int64)
+                self.factors.append(Factor((self.out.variable[index],), self.unary[key]))
 
     def _unmoved(self) -> None:
         """Values that share memory with one changed in place stay replicated."""
@@ -348,6 +391,12 @@ class _Builder:
             if block:
                 members[block].append(flag)
         return tuple(tuple(dict.fromkeys(group)) for group in members.values() if group)
+
+
+def _given(edit: ParameterEdit) -> Domain:
+    if edit.dim is not None and edit.layout is not None:
+        return (Shard(edit.dim, edit.layout),)
+    return (PARTIAL_GRAD if edit.partial_grad else WHOLE,)
 
 
 def parameter_gradient_ps(pricing: Pricing, nbytes: int, weigh: Callable[[int], int]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,7 @@ from .local_operators import leaves_of, local_form, merged
 from .moves import COMMUNICATES
 from .placement import PARTIAL_GRAD, Partial, Placement, Replicate, Shard
 from .pricing import Cost
-from .roles import BlockOf
+from .roles import BlockOf, hidden_bytes
 from .sites import Site
 from .strategies import Choice, Stored, best_choice, is_leaf, reads
 
@@ -186,7 +185,7 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
     graph, pricing = formulation.graph, formulation.pricing
     block_of = BlockOf(graph)
     users = graph.users()
-    hidden = _hidden_bytes(formulation, block_of)
+    hidden = hidden_bytes(graph)
     in_blocks = [n.index for n in graph.nodes if not is_leaf(n) and block_of(n.module)]
     first, last = (min(in_blocks), max(in_blocks)) if in_blocks else (0, len(graph.nodes))
     forward: list[Collective] = []
@@ -263,21 +262,6 @@ def _parameter_gradients(formulation: Formulation, out: Lowered, workload: str, 
             )
         )
     return found
-
-
-def _hidden_bytes(formulation: Formulation, block_of: BlockOf) -> int:
-    """Bytes of the hidden state: of the floating values that cross from block to block, the size that most have."""
-    graph = formulation.graph
-    crossing: dict[int, None] = {}
-    for node in graph.nodes:
-        here = block_of(node.module)
-        for operand in node.operands:
-            value = graph.nodes[operand]
-            there = block_of(value.module)
-            if value.differentiable and not is_leaf(value) and there and there != here:
-                crossing[operand] = None
-    sizes = Counter(graph.nodes[index].nbytes for index in crossing)
-    return max(sizes, key=lambda nbytes: (sizes[nbytes], nbytes), default=0)
 
 
 def _from_embedding(formulation: Formulation, node: Node) -> bool:

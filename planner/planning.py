@@ -82,6 +82,60 @@ def plan(
         ) from error
 
 
+def replan(model: nn.Module, example_inputs: Inputs, edited: Plan) -> Plan:
+    """Re-checks and re-prices a plan with its layouts and moves as they are.
+
+    Raises:
+        Infeasible: The plan is not exact for this model: some operator would not compute its slice, or a gradient would be lost.
+    """
+    return replan_graph(trace(model, example_inputs), edited)
+
+
+def replan_graph(graph: Graph, edited: Plan) -> Plan:
+    """See `replan`."""
+    formulation, solution, lowered = recheck(graph, edited)
+    (workload,) = edited.workloads
+    options = Options(replicate=edited.options["replicate"], pin=edited.options["pin"], editable=can_edit)
+    profile = load_hardware(edited.hardware)
+    return _plan(formulation, solution, lowered, edited.name, profile, workload, options, edited.options["memory_gb"])
+
+
+def recheck(graph: Graph, edited: Plan) -> tuple[Formulation, Solution, Lowered]:
+    """Solves with every layout and every move fixed to the plan's: feasible means exact.
+
+    Raises:
+        Infeasible: Names the parameters or calls that disagree.
+    """
+    (workload,) = edited.workloads
+    phase: Phase = workload.phase  # type: ignore[assignment]
+    pricing = Pricing(load_hardware(edited.hardware), edited.tp, phase, workload.context)
+    parameters = {p.edit.fqn: p.edit for p in edited.parameters}
+    missing = sorted({n.fqn for n in graph.nodes if n.op == "parameter"} ^ set(parameters))
+    if missing:
+        raise Infeasible(missing[0], "the plan and the model do not have the same parameters", remedy="Plan again.")
+    options = Options(replicate=edited.options["replicate"], fixed_calls=edited.calls, fixed_parameters=parameters)
+    formulation = formulate(graph, pricing, options)
+    try:
+        solution = solve(formulation.problem)
+    except Infeasible as error:
+        raise Infeasible(
+            edited.name,
+            "the plan's layouts and moves do not compute this model",
+            remedy="Undo the edit, or plan again.",
+        ) from error
+    lowered = lower(formulation, solution.assignment, workload.name)
+    for site in {**edited.calls, **lowered.calls}:
+        if edited.calls.get(site) != lowered.calls.get(site):
+            raise Infeasible(
+                f"{site.module} ({site.frames[-1]})",
+                "the plan's edit of this call is not what its layouts need",
+                got=edited.calls.get(site),
+                need=lowered.calls.get(site),
+                remedy="Plan again.",
+            )
+    return formulation, solution, lowered
+
+
 def plan_graph(
     graph: Graph, name: str, tp: int, hardware: Hardware, workload: Workload, options: Options, memory_gb: float | None
 ) -> Plan:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from .blocks import outermost
-from .graph import VIEWS, Graph, Node, numel
+from .graph import LEAVES, VIEWS, Graph, Node, numel
 from .placement import WHOLE
 from .rules import Operation
 from .rules.products import FACTORS
@@ -63,6 +64,25 @@ class BlockOf:
             if path in self._paths:
                 return path
         return ""
+
+
+def crossing(graph: Graph) -> list[int]:
+    """Differentiable values that one block makes and another, or what no block contains, reads."""
+    block_of = BlockOf(graph)
+    found: dict[int, None] = {}
+    for node in graph.nodes:
+        here = block_of(node.module)
+        for operand in node.operands:
+            value = graph.nodes[operand]
+            if value.differentiable and value.op not in LEAVES and block_of(value.module) != here:
+                found[operand] = None
+    return sorted(found)
+
+
+def hidden_bytes(graph: Graph) -> int:
+    """Bytes of the hidden state: of the values that cross from block to block, the size that most have; 0 without blocks."""
+    sizes = Counter(graph.nodes[index].nbytes for index in crossing(graph))
+    return max(sizes, key=lambda nbytes: (sizes[nbytes], nbytes), default=0)
 
 
 def weights(graph: Graph) -> dict[int, Weight]:

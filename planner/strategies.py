@@ -27,6 +27,7 @@ from .pricing import Cost, Pricing
 from .rules import RULES, Operation
 
 Stored = Placement | tuple[Placement, ...]
+Fixed = tuple[tuple[Move | None, ...], Move | None]
 Domain = tuple[Stored, ...]
 
 MAX_SLICES = 4
@@ -82,7 +83,7 @@ class Setting:
     editable: bool = False
     gather_ps: int = 0
     slice_ps: int = 0
-    fixed: tuple[tuple[Move | None, ...], Move | None] | None = None
+    fixed: Fixed | None = None
 
 
 def reads(node: Node) -> tuple[int, ...]:
