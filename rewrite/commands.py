@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
 from colrow.cost_models.hardware import load_hardware
 from colrow.planner.plan_file import read
 from colrow.planner.plan_model import Plan, Workload
-from colrow.planner.planning import LARGEST_TP
+from colrow.planner.planning import LARGEST_TP, replan
 from colrow.planner.planning import plan as make_plan
 from colrow.planner.sources import DTYPES, Source, load_source
 
@@ -94,13 +94,12 @@ def _smallest(at: Any) -> Plan:
 
 def replan_command(source: str, edited: str, out: str | None, as_json: bool) -> None:
     """``colrow plan SOURCE --from FILE``."""
-    planning: Any = import_module("colrow.planner.planning")
     _check_writable(out)
     plan = read(edited, verify_digest=False)
     with _progress(f"Building {source}"):
         loaded = _source_of(source, plan)
     with _progress("Checking and pricing the edited plan"):
-        replanned: Plan = planning.replan(loaded.model, loaded.example_inputs, plan)
+        replanned = replan(loaded.model, loaded.example_inputs, plan)
     _answer(replanned, out, as_json)
 
 
@@ -177,19 +176,20 @@ def run_command(
     source: str, tp: int | None, plan_file: str | None, prompt_ids: list[int] | None, tokens: int | None
 ) -> None:
     """``colrow run``."""
-    running: Any = import_module("colrow.rewrite.running")
-    plan = _plan_given(plan_file, tp)
-    running.run(source, tp=plan.tp if plan else tp, plan=plan, prompt_ids=prompt_ids, tokens=tokens)
+    from .running import run
+
+    plan = _plan_given(plan_file, tp, told="WORLD_SIZE" in os.environ)
+    run(source, tp=plan.tp if plan else tp, plan=plan, prompt_ids=prompt_ids, tokens=tokens)
 
 
-def _plan_given(plan_file: str | None, tp: int | None) -> Plan | None:
-    """The plan of ``--plan``; None without.
+def _plan_given(plan_file: str | None, tp: int | None, told: bool = False) -> Plan | None:
+    """The plan of ``--plan``; None without. ``told``: torchrun says how many ranks there are.
 
     Raises:
         UsageError: Neither a plan nor ``--tp``, or a plan for another number of ranks.
     """
     plan = read(plan_file) if plan_file is not None else None
-    if plan is None and tp is None:
+    if plan is None and tp is None and not told:
         raise UsageError("--tp", "missing", need="a number of ranks, or --plan FILE")
     if plan is not None and tp not in (None, plan.tp):
         raise UsageError("--tp", f"{plan_file} was made for another number of ranks", got=tp, need=plan.tp)

@@ -110,6 +110,7 @@ def test_the_options_are_those_of_the_contract(command):
         ["check", "plan.json", "--min-sharded", "1.5"],
         ["check", "plan.json", "--direction", "both"],
         ["verify", SOURCE],
+        ["run", SOURCE],
         ["run", SOURCE, "--tp", "2", "--prompt-ids", "1,b"],
     ],
     ids=" ".join,
@@ -222,24 +223,38 @@ def test_unusable_input_exits_2_in_one_line(colrow, arguments, words):
 # ---- --from
 
 
-def test_a_hand_edit_is_checked_and_signed_again(colrow, cwd, monkeypatch):
-    from colrow.planner import planning
-
+@pytest.fixture
+def edited(colrow, cwd):
+    """Writes a plan with some text replaced, as a hand edit."""
     colrow("plan", SOURCE, "--tp", 2, "--phase", "train", "--out", "plan.json")
-    text = (cwd / "plan.json").read_text()
-    (cwd / "edited.json").write_text(text.replace('"hardware": "h100-sxm"', '"hardware": "a100-sxm"'))
-    assert "edited by hand" in colrow("show", "edited.json", code=2).stderr
-    seen = []
 
-    def replan(model, example_inputs, edited):
-        seen.append((type(model).__name__, model.training, example_inputs[0].shape, edited.hardware))
-        return edited
+    def edit(old, new):
+        text = (cwd / "plan.json").read_text()
+        assert old in text
+        (cwd / "edited.json").write_text(text.replace(old, new))
+        return "edited.json"
 
-    monkeypatch.setattr(planning, "replan", replan, raising=False)
-    colrow("plan", SOURCE, "--from", "edited.json", "--out", "signed.json")
-    assert seen == [("Sequential", True, (4, 8), "a100-sxm")]
-    assert read(cwd / "signed.json").hardware == "a100-sxm"
-    refusal = colrow("plan", "cli_models:other", "--from", "edited.json", code=2).stderr
+    return edit
+
+
+def test_an_edited_plan_is_refused_until_it_is_signed_again(colrow, cwd, edited):
+    file = edited('"hardware": "h100-sxm"', '"hardware": "a100-sxm"')
+    assert "edited by hand" in colrow("show", file, code=2).stderr
+    colrow("plan", SOURCE, "--from", file, "--out", "signed.json")
+    before, after = read(cwd / "plan.json"), read(cwd / "signed.json")
+    assert (after.hardware, after.parameters, after.calls) == ("a100-sxm", before.parameters, before.calls)
+    assert after.cost.total_s > before.cost.total_s  # priced again
+
+
+def test_an_edit_that_computes_something_else_is_refused(colrow, cwd, edited):
+    file = edited('"forward": "all_reduce", "backward": "identity"', '"forward": "identity", "backward": "identity"')
+    assert colrow("plan", SOURCE, "--from", file, "--out", "signed.json", code=1).stderr.startswith("colrow: ")
+    assert not (cwd / "signed.json").exists()
+
+
+def test_an_edited_plan_of_other_inputs_is_refused(colrow, edited):
+    file = edited('"hardware": "h100-sxm"', '"hardware": "a100-sxm"')
+    refusal = colrow("plan", "cli_models:other", "--from", file, code=2).stderr
     assert "input 0: not what the plan was made for; got (5, 8), need (4, 8)" in refusal
 
 
@@ -291,11 +306,10 @@ def test_verify_takes_a_plan(colrow):
 
 
 def test_run_is_handed_its_arguments(colrow, monkeypatch, saved):
-    import types
+    from colrow.rewrite import running
 
     calls = []
-    module = types.SimpleNamespace(run=lambda source, **options: calls.append((source, options)))
-    monkeypatch.setitem(sys.modules, "colrow.rewrite.running", module)
+    monkeypatch.setattr(running, "run", lambda source, **options: calls.append((source, options)))
     colrow("run", SOURCE, "--tp", 2, "--prompt-ids", "1, 15043 7")
     colrow("run", SOURCE, "--plan", saved, "--tokens", 5)
     assert calls == [
