@@ -1,7 +1,7 @@
 """verify() must find what is wrong: each test breaks a rewritten model in one way and names how it shows."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def build(dtype=torch.float64):
 INPUTS = {"x": torch.zeros(3, 5, 8, dtype=torch.float64)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def planned(tp=2):
     return plan(build(), INPUTS, tp=tp, phase="train")
 
