@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from colrow.cost_models.errors import UsageError
 
@@ -134,6 +135,7 @@ class Region:
         self.module, self.readers, self.group = module, readers, group
         self.depth = 0  # of nested calls: a module that calls itself reads its parameters once
         self.is_installed = False
+        self.checkpointed = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
         module.register_forward_pre_hook(self.enter)
         module.register_forward_hook(self.leave, always_call=True)
 
@@ -142,6 +144,8 @@ class Region:
         self.depth += 1
         if self.depth > 1 or not self.readers:
             return
+        if self.is_installed:  # for the backward of an earlier call, which broke off
+            self.remove()
         owner, name = self.readers[0].slots[0]
         if name in owner.__dict__:
             return
@@ -179,7 +183,30 @@ class Region:
         """Forward hook, called after exceptions too: take the views out again."""
         self.depth = max(0, self.depth - 1)
         if self.depth == 0 and self.is_installed:
+            if self.checkpointed and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.keep_for_recomputation(output)
             self.remove()
+
+    def keep_for_recomputation(self, output: Any) -> None:
+        """Have the same views in place during the backward of ``output``, if a part is under activation checkpointing.
+
+        Hugging Face layers (attribute ``gradient_checkpointing``) checkpoint their ``forward`` and leave hooks out, so
+        recomputing them calls none of ours. Another module that does so can set the attribute itself.
+        """
+        if not any(part.gradient_checkpointing and part.training for part in self.checkpointed):
+            return
+        views = [(owner, name, owner.__dict__[name]) for reader in self.readers for owner, name in reader.slots]
+
+        def install(gradient: Tensor) -> None:
+            if not self.is_installed:
+                self.is_installed = True
+                for owner, name, view in views:
+                    owner.__dict__[name] = view
+                torch.autograd.Variable._execution_engine.queue_callback(self.remove)  # at the end of the backward
+
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(install)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take the views out: the owners show their parameters again."""

@@ -335,3 +335,39 @@ def test_fsdp2_inside_a_block(grad):
                 torch.testing.assert_close(value, expected()[1][name], rtol=1e-10, atol=1e-10, msg=name)
 
     run_ranks(run, 2, "gloo")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hugging_face_checkpointing(fsdp, reentrant):
+    """Its layers checkpoint ``forward`` with the hooks left out, and recompute it when no forward is running."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=31, max_position_embeddings=64,
+    )  # fmt: skip
+    dense, ids = transformers.LlamaForCausalLM(config), torch.arange(24).view(2, 12)
+    dense(ids, labels=ids).loss.backward()
+
+    def run():
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+        model = copy.deepcopy(dense)
+        model.zero_grad()
+        group = group_of(mesh)
+        install_regions(model, ["model.layers.0", "model.layers.1"], store(model, [], tp_mesh(mesh)), group)
+        if fsdp:
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh["dp"])
+            fully_shard(model, mesh=mesh["dp"])
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        for _ in range(2):
+            model.zero_grad()
+            model.train()(ids, labels=ids).loss.backward()
+            assert not views(model)
+            for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
+                torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+    run_ranks(run, 2, "gloo")
