@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .groups import TpGroup, group_of, tp_mesh
 from .regions import install_regions
 from .replacements import replacement
 from .storage import ParameterSpec, store
+from .validation import meta_copy, validate, with_local_shapes
 
 
 def parallelize(
@@ -55,6 +57,7 @@ def parallelize(
         )
     _refuse_unsuitable(model)
     check_same_model(model, plan)
+    _validate_once(model, plan, group)
     specs = [spec_of(p.edit) for p in plan.parameters]
     stored = store(model, specs, axis)
     edit_bodies(model, plan.calls, group)
@@ -64,6 +67,21 @@ def parallelize(
     if plan.outputs:
         model.register_forward_hook(OutputGradients(plan.outputs, group))
     return model
+
+
+_validated: set[tuple[str, str]] = set()
+_validating = threading.Lock()
+
+
+def _validate_once(model: nn.Module, plan: Plan, group: TpGroup) -> None:
+    """Validates this plan in this process, unless it has been; then waits for the other ranks."""
+    key = (plan.digest, f"{type(model).__module__}.{type(model).__qualname__}")
+    with _validating:
+        if key not in _validated:
+            edited = with_local_shapes(model, plan)
+            edit_bodies(edited, plan.calls, group)
+            validate(meta_copy(model), edited, plan)
+            _validated.add(key)
 
 
 class InputGradients:

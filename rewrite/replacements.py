@@ -17,6 +17,7 @@ from colrow.cost_models.errors import ValidationError
 from colrow.planner.edits import CallEdit, OperatorEdit
 from colrow.planner.moves import Move
 
+from . import markers
 from .clones import Replacement
 from .collectives import apply_move
 from .groups import TpGroup
@@ -32,7 +33,7 @@ class MovedResult:
 
     def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``move(func(...))``."""
-        return apply_move(func(*args, **kwargs), self.move, self.group)
+        return _moved(func(*args, **kwargs), self.move, self.group)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class EditedCall:
             literals = {leaf: (wanted, local) for leaf, wanted, local in edit.integers}
             args, kwargs = self._changed((args, kwargs), leaves, moves, literals)
         result = self._operator(func, args, kwargs) if edit.operator is not None else func(*args, **kwargs)
-        return result if edit.result is None else apply_move(result, edit.result, self.group)
+        return result if edit.result is None else _moved(result, edit.result, self.group)
 
     def _changed(
         self, tree: Any, leaves: Iterator[int], moves: dict[int, Move], literals: dict[int, tuple[int, int]]
@@ -69,7 +70,7 @@ class EditedCall:
             )
         leaf = next(leaves)
         if leaf in moves:
-            return apply_move(tree, moves[leaf], self.group)
+            return _moved(tree, moves[leaf], self.group)
         if leaf in literals:
             wanted, local = literals[leaf]
             if tree == -1 or tree == local:
@@ -98,6 +99,10 @@ def replacement(where: str, edit: CallEdit, group: TpGroup) -> Replacement:
     return EditedCall(where, edit, group)
 
 
+def _moved(x: Tensor, move: Move, group: TpGroup) -> Tensor:
+    return markers.marked_move(x, move) if markers.are_on() else apply_move(x, move, group)
+
+
 def _vocab_embedding(
     operator: OperatorEdit,
     group: TpGroup,
@@ -116,6 +121,8 @@ def _vocab_embedding(
     if weight.dtype in (torch.int64, torch.int32):
         ids, weight = weight, ids
     assert operator.layout is not None
+    if markers.are_on():
+        return markers.marked_operator([ids, weight], operator, (*ids.shape, weight.shape[1]), weight.dtype)
     return vocab_parallel_embedding(ids, weight, operator.layout, group, padding_idx)
 
 
@@ -131,11 +138,17 @@ def _mean_of_shard(
     assert operator.layout is not None
     dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     source = x if dtype is None else x.to(dtype)
+    if markers.are_on():
+        gone = {d % x.dim() for d in dims}
+        kept = [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone]
+        return markers.marked_operator([source], operator, kept, source.dtype)
     return mean_of_shard(source, dims, operator.dim, operator.layout, group, keepdim)
 
 
 def _rank_random(group: TpGroup, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Draws differently on every rank, and leaves the common random state as one draw would have on any rank."""
+    if markers.are_on():
+        return func(*args, **kwargs)
     device = args[0].device
     devices = [device] if device.type == "cuda" else []
     seed = int(torch.randint(1 << 62, (), dtype=torch.int64).item())  # the same on every rank
