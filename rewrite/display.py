@@ -117,7 +117,7 @@ def _block(plan: Plan, block: DistinctBlock) -> Iterator[RenderableType]:
         if len(block.traffic) > 1:
             blocks = "blocks" if traffic.count > 1 else "block"
             yield Text(f"  {blocks} {traffic.over}:", style="italic")
-        yield _collectives(plan, traffic)
+        yield _collectives(plan, traffic, "(itself)" if block.over else "(model)")
 
 
 def _weights(plan: Plan, block: DistinctBlock) -> Table:
@@ -156,7 +156,7 @@ def _layout_notes(layout: Layout) -> Iterator[str]:
         yield "padded"
 
 
-def _collectives(plan: Plan, traffic: Traffic) -> Table:
+def _collectives(plan: Plan, traffic: Traffic, whole: str) -> Table:
     table = _table("collective", "bytes", "time", "after", "forced by", numeric=(1, 2))
     trained = any(w.phase == "train" for w in plan.workloads)
     for direction in DIRECTIONS:
@@ -166,7 +166,7 @@ def _collectives(plan: Plan, traffic: Traffic) -> Table:
         table.add_row(Text(direction if direction == "forward" or trained else "backward, if trained", style="dim"))
         for c in rows:
             category = "" if c.category == "block" else f"  [{c.category.replace('_', ' ')}]"
-            made = (nbytes(c.nbytes), seconds(c.ps * 1e-12), c.site or "(itself)")
+            made = (nbytes(c.nbytes), seconds(c.ps * 1e-12), c.site or whole)
             table.add_row(f"  {c.kind}", *made, f"{c.forced_by}{category}")
     return table
 

@@ -134,6 +134,11 @@ def test_the_cap_asked_for_is_the_limit():
     assert "of 40 GB" in shown(small_plan(options={"memory_gb": 40}))
 
 
+def test_what_the_model_itself_makes_is_named():
+    gradients = all_reduce("", "", "partial gradients of replicated parameters", direction="backward")
+    assert "(model)" in shown(small_plan(collectives=(gradients,)))
+
+
 def test_a_statistic_is_marked():
     statistic = all_reduce("layers.0", "layers.0.norm", "add in layers.0.norm", category="statistic", nbytes=64)
     assert "add in norm  [statistic]" in shown(small_plan(collectives=(statistic,)))
