@@ -27,7 +27,22 @@ _OWN = (__file__, folding.__file__)
 
 
 class Measured(int):
-    """A length that the model's code read from a tensor's shape: run on local tensors, the code reads the local length by itself."""
+    """A length that the model's code read from a tensor's shape: run on local tensors, the code reads the local length.
+
+    Attributes:
+        origin: The value it was read from; None for products and quotients of lengths.
+        dim: Which dim of it.
+    """
+
+    origin: Any = None
+    dim: int = 0
+
+    @classmethod
+    def read(cls, length: int, origin: Any, dim: int) -> Measured:
+        """A length with its origin."""
+        made = cls(length)
+        made.origin, made.dim = origin, dim
+        return made
 
     def _combined(self, method: str, other: Any) -> Any:
         result = getattr(int, method)(self, other)
@@ -78,7 +93,10 @@ class CallRecorder(TorchFunctionMode):
         """Runs ``func`` with its tag in the tracer's current metadata."""
         if func is _SHAPE or func is _SIZE:
             lengths = func(*args, **(kwargs or {}))
-            return Measured(lengths) if isinstance(lengths, int) else torch.Size([Measured(n) for n in lengths])
+            origin = _made_by(args[0], _tracer())
+            if isinstance(lengths, int):
+                return Measured.read(lengths, origin, args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0))
+            return torch.Size([Measured.read(n, origin, dim) for dim, n in enumerate(lengths)])
         module, frames = _caller()
         self.calls.append(RawCall(module, frames, func, _leaves(args, kwargs or {})))
         meta = torch.fx.traceback.current_meta
@@ -108,11 +126,15 @@ def flat(tree: Any) -> Iterator[Any]:
 
 
 def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    mode = get_proxy_mode()
-    tracer = mode.tracer if mode is not None else None
+    tracer = _tracer()
     return tuple(
         _made_by(leaf, tracer) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat((args, dict(kwargs)))
     )
+
+
+def _tracer() -> Any:
+    mode = get_proxy_mode()
+    return mode.tracer if mode is not None else None
 
 
 def _made_by(tensor: torch.Tensor, tracer: Any) -> Any:

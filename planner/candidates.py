@@ -27,7 +27,9 @@ MAX_PER_DIM = 6
 """Most layouts kept per dim, the first found first."""
 ROUNDS = 8
 
-_POINTWISE = frozenset({*CASTS, *EACH, *FIRST, *JOINT, *LINEAR_UNARY, *NONLINEAR, "where", "masked_fill"})
+_POINTWISE = frozenset(
+    {*CASTS, *EACH, *FIRST, *JOINT, *LINEAR_UNARY, *NONLINEAR, "where", "masked_fill", "slice_scatter"}
+)
 _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten"})
 _SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unbind"})
 

@@ -284,7 +284,24 @@ class _Builder:
         never = self.options.replicate == "never"
         gather = GATHER_PENALTY_PS if never and self.block_of(node.module) else 0
         fixed = self._fixed(node, operands, movable, editable)
-        return Setting(movable, convertible, editable, gather, GATHER_PENALTY_PS // 2 if never else 0, fixed)
+        return Setting(
+            movable,
+            convertible,
+            editable,
+            gather,
+            GATHER_PENALTY_PS // 2 if never else 0,
+            self._births(node, editable),
+            fixed,
+        )
+
+    def _births(self, node: Node, editable: bool) -> tuple[Shard, ...]:
+        """Broadcast dims may be made in parts."""
+        if node.op != "expand" or not editable:
+            return ()
+        shape = self.graph.nodes[node.operands[0]].shape
+        offset = len(node.shape) - len(shape)
+        born = [d for d, n in enumerate(node.shape) if n > 1 and (d < offset or shape[d - offset] == 1)]
+        return tuple(s for s in self.found.of(node) if s.dim in born)
 
     def _fixed(self, node: Node, operands: tuple[int, ...], movable: bool, editable: bool) -> Fixed | None:
         """The moves a given plan makes at this operator."""

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .blocks import block_paths
-from .call_record import TAG, RawCall
+from .call_record import TAG, Measured, RawCall
 from .folding import Folding
 from .graph import VIEWS, Block, Call, Graph, Node, Ref
 from .rules.base import wrapped
@@ -205,7 +205,10 @@ class _Lifting:
         return self.call_index[tag]
 
     def _resolve(self, leaf: Any) -> Any:
-        """A recorded argument: tensors as the values they are."""
+        """A recorded argument: tensors as the values they are, measured lengths with the value they were read from."""
+        if isinstance(leaf, Measured) and isinstance(leaf.origin, torch.fx.Node):
+            found = self.value.get(leaf.origin)
+            return Measured.read(int(leaf), found if isinstance(found, Ref) else None, leaf.dim)
         found = self.value.get(leaf) if isinstance(leaf, torch.fx.Node) else leaf
         return found if not isinstance(found, list) else None
 
@@ -235,6 +238,8 @@ class _Lifting:
             return fqn + path[len(template) :] if path == template or path.startswith(template + ".") else path
 
         def moved(leaf: Any) -> Any:
+            if isinstance(leaf, Measured) and isinstance(leaf.origin, Ref):
+                return Measured.read(int(leaf), moved(leaf.origin), leaf.dim)
             if not isinstance(leaf, Ref):
                 return leaf
             if leaf.index not in to:

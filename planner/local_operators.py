@@ -6,7 +6,7 @@ local; lengths the code measured itself are left alone. An operator that would b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .call_record import Measured
@@ -90,6 +90,29 @@ def _sized(node: Node, call: Call | None, made: Shard) -> CallEdit | str | None:
     if isinstance(call.leaves[leaf], Measured):
         return None
     return CallEdit(integers=((leaf, wanted, made.layout.local),))
+
+
+def measured_sizes(
+    node: Node, call: Call, made: Placement | tuple[Placement, ...], stored: Callable[[int], object]
+) -> CallEdit | None:
+    """Lengths that the code reads from a tensor which is split otherwise than the result: set to what the result needs."""
+    if node.op not in _SIZED or isinstance(made, tuple):
+        return None
+    sizes = next((a for a in node.arguments[1:] if isinstance(a, (list, tuple))), [])
+    if len(sizes) != len(node.shape):
+        return None
+    edits = []
+    for dim, length in enumerate(node.shape):
+        leaf = _leaf_of(call, sizes, dim)
+        value = call.leaves[leaf] if leaf is not None else None
+        if leaf is None or not isinstance(value, Measured) or not isinstance(value.origin, Ref):
+            continue
+        source = stored(value.origin.index)
+        reads = source.layout.local if isinstance(source, Shard) and source.dim == value.dim else int(value)
+        needs = made.layout.local if isinstance(made, Shard) and made.dim == dim else length
+        if reads != needs:
+            edits.append((leaf, reads, needs))
+    return CallEdit(integers=tuple(edits)) if edits else None
 
 
 def _position_in_unflatten(node: Node, dim: int) -> int | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from .edits import CallEdit, ParameterEdit
 from .formulation import Formulation
 from .graph import Node, numel
-from .local_operators import leaves_of, local_form, merged
+from .local_operators import leaves_of, local_form, measured_sizes, merged
 from .moves import COMMUNICATES
 from .placement import PARTIAL_GRAD, Partial, Placement, Replicate, Shard
 from .pricing import Cost
@@ -101,7 +101,7 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
         for index, conversion in zip(reads(node), choice.operands, strict=True):
             if conversion.move is not None and graph.nodes[index].op == "parameter":
                 lifted.add(index)
-        edit = _edit(formulation, node, choice)
+        edit = _edit(formulation, out, node, choice)
         if edit is not None and node.call >= 0:
             edits.setdefault(graph.calls[node.call].site, []).append((node.call, edit))
         out.compute += choice.compute
@@ -130,7 +130,7 @@ def _choice(formulation: Formulation, node: Node, stored: list[Stored]) -> Choic
     )
 
 
-def _edit(formulation: Formulation, node: Node, choice: Choice) -> CallEdit | None:
+def _edit(formulation: Formulation, out: Lowered, node: Node, choice: Choice) -> CallEdit | None:
     graph = formulation.graph
     call = graph.calls[node.call] if formulation.settings[node.index].editable else None
     placed = {i: c.effective for i, c in zip(reads(node), choice.operands, strict=True)}
@@ -145,6 +145,9 @@ def _edit(formulation: Formulation, node: Node, choice: Choice) -> CallEdit | No
     parts = [CallEdit(arguments=tuple(arguments), result=choice.move)] if arguments or choice.move else []
     if form is not None:
         parts.append(form)
+    if call is not None:
+        read = measured_sizes(node, call, choice.made, lambda index: out.stored[index])
+        parts += [read] if read is not None else []
     return merged(parts) if parts else None
 
 

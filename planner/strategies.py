@@ -75,6 +75,7 @@ class Setting:
         editable: Its call may be edited.
         gather_ps: Price of gathering the result, beside its time.
         slice_ps: Price of cutting a replicated activation for one reader, beside its time.
+        births: Splits of dims that the operator makes out of length 1, each rank making its part only.
         fixed: The only moves allowed, of the operands and of the result; None where all are open.
     """
 
@@ -83,6 +84,7 @@ class Setting:
     editable: bool = False
     gather_ps: int = 0
     slice_ps: int = 0
+    births: tuple[Shard, ...] = ()
     fixed: Fixed | None = None
 
 
@@ -143,8 +145,14 @@ def choices(
                 changes += pricing.move(conversion.move, nodes[i].nbytes, free=nodes[i].op == "parameter")
         single = None if isinstance(base, tuple) else base
         compute = pricing.compute(node, by_index, {i: p for i, p in placed.items() if not isinstance(p, tuple)}, single)
-        for made in _with_gradients(node, base, combination, [nodes[i] for i in operands]):
+        values = [nodes[i] for i in operands]
+        for made in _with_gradients(node, base, combination, values):
             yield combination, made, compute, changes
+        if base == WHOLE:
+            for born in setting.births:
+                if not isinstance(local_form(node, call, placed, born), str):
+                    for made in _with_gradients(node, born, combination, values):
+                        yield combination, made, compute, changes
 
 
 def apply_rule(graph: Graph, node: Node, placed: dict[int, Stored]) -> Stored | None:
