@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from colrow.cost_models.errors import UsageError
@@ -240,6 +241,31 @@ def test_shared_gradient_tensors_are_not_shared_by_parameters(direct, monkeypatc
 
     ((a, b),) = run_ranks(run, 1)
     assert a.tolist() == [6] * 4 and b.tolist() == [3] * 4
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weight_gradients_are_not_copied():
+    def run():
+        model, mesh = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), tp_mesh(None)
+        install_regions(model, [], store(model, [], mesh), group_of(mesh))
+        loss = model(torch.ones(2, 5, 3)).pow(2).sum()
+        with Operators() as seen:
+            loss.backward()
+        return seen.names
+
+    (names,) = run_ranks(run, 1)
+    assert "aten::mm" in names and not {"aten::clone", "aten::copy_", "aten::_to_copy"} & set(names)
 
 
 def test_autograd_grad_and_hooks_see_gradients():
