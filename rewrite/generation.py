@@ -34,7 +34,9 @@ class Generated:
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, inputs: dict[str, Any], tokens: int, keep_logits: bool = False, **options: Any) -> Generated:
+def greedy(
+    model: nn.Module, inputs: dict[str, Any], tokens: int, keep_logits: bool = False, **options: Any
+) -> Generated:
     """Generate up to ``tokens`` tokens by the model's own ``generate``, each the likeliest one.
 
     Args:

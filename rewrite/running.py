@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -88,7 +89,8 @@ def run(
     arguments = (source, made, prompt_ids, tokens or TOKENS)
     result = _join(size, arguments) if joined else run_ranks(run_on_rank, size, "gloo", arguments, LONGEST_RUN_S)[0]
     if result is not None:
-        print(described(result))
+        print(summary(result, made), file=sys.stderr)
+        print(described(result), flush=True)
     return result
 
 
@@ -106,9 +108,9 @@ def load_for_running(source: str, plan: Plan | None, prompt_ids: list[int] | Non
     own_name = next((name for name, dtype in DTYPES.items() if dtype == own), "fp32")
     if plan is None and loaded.checkpoint is not None and own_name != "fp32":
         loaded = load_source(source, seq=length, dtype=own_name)
-    if prompt_ids is None or not isinstance(loaded.example_inputs, dict):
+    if prompt_ids is None:
         return loaded
-    if "input_ids" not in loaded.example_inputs:
+    if loaded.config is None or not isinstance(loaded.example_inputs, dict) or "input_ids" not in loaded.example_inputs:
         raise UsageError("--prompt-ids", f"{loaded.name} does not read token ids", remedy="Leave the option out.")
     config: Any = loaded.config
     vocab = config.get_text_config().vocab_size
@@ -152,6 +154,10 @@ def load_model(loaded: Source, plan: Plan) -> tuple[nn.Module, ReadReport | None
     if loaded.checkpoint is None:
         return parallelize(loaded.build().to(_device()), plan).eval(), None
     model = parallelize(loaded.model, plan).eval()
+    if (loaded.checkpoint / "generation_config.json").is_file():  # which tokens end a text
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(loaded.checkpoint))  # type: ignore[assignment]
     specs = {p.edit.fqn: spec_of(p.edit) for p in plan.parameters}
     return model, load_checkpoint(model, specs, loaded.checkpoint, tp_mesh(None))
 
@@ -205,15 +211,23 @@ def _join(size: int, arguments: tuple[Any, ...]) -> RunResult | None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group(backend)
-    try:
-        agree(dist.distributed_c10d._get_default_store(), arguments[1].digest, group_of(None))
-        return run_on_rank(*arguments)
-    finally:
-        dist.destroy_process_group()
+    agree(dist.distributed_c10d._get_default_store(), arguments[1].digest, group_of(None))
+    result = run_on_rank(*arguments)
+    dist.destroy_process_group()  # not after a failure: it would wait for the others
+    return result
+
+
+def summary(result: RunResult, plan: Plan) -> str:
+    """What it took, on one line."""
+    did = f"{len(result.tokens)} tokens" if result.tokens else "one forward"
+    read = f", {result.read.bytes_read:,} of {result.read.bytes_total:,} bytes read by rank 0" if result.read else ""
+    return f"{did} on {plan.tp} ranks in {result.seconds:.2f} s, {len(result.collectives)} collectives{read}"
 
 
 def described(result: RunResult) -> str:
     """The tokens on a line of their own, or one line for each output."""
     if result.outputs:
-        return "\n".join(f"{path}: {dtype} {list(shape)}, mean {mean:.6g}" for path, dtype, shape, mean in result.outputs)
+        return "\n".join(
+            f"{path}: {dtype} {list(shape)}, mean {mean:.6g}" for path, dtype, shape, mean in result.outputs
+        )
     return " ".join(str(token) for token in result.tokens)

@@ -1,0 +1,39 @@
+"""The models that issue 2 names, small, with what each block may reduce; and our own."""
+
+from colrow.planner.configurations import default_config
+from colrow.planner.sources import Source, load_source, source_from_config
+
+BATCH, SEQ = 2, 12
+# All-reduces of a block, forward and backward, by where the block is; upper bounds (issue 2, "Counts").
+BLOCK_COUNTS = {
+    "llama": {"": (2, 2)},
+    "gpt_neox": {"": (1, 1)},
+    "qwen3": {"": (2, 2)},
+    "gemma2": {"": (2, 2)},
+    "gpt2": {"": (2, 2)},
+    "phi3": {"": (2, 2)},
+    "olmo2": {"": (2, 2)},
+    "bert": {"": (2, 2)},
+    "opt": {"": (2, 2)},
+    "t5": {"encoder": (2, 2), "decoder": (3, 3)},
+    "vit": {"": (2, 2)},
+    "mixtral": {"": (2, 2)},
+    "deepseek_v3": {"": (2, 4)},  # backward: 1 in the MoE, and what is cheapest for the low-rank projections
+    "whisper": {"model.encoder": (2, 2), "model.decoder": (3, 3)},
+}
+OWN_BLOCK_COUNTS = {"mlp": {}, "transformer": {"": (2, 2)}, "two_towers": {}}
+ONE_BACKWARD_MORE = {"t5", "whisper"}  # for the encoder's output, once per model
+
+
+def source_of(name: str, phase: str = "train", labels: bool = False, dtype: str = "fp64") -> Source:
+    """The small version of a model type, or one of ``examples/plain_models.py``."""
+    if name in OWN_BLOCK_COUNTS:
+        return load_source(f"examples.plain_models:{name}", phase=phase)
+    config, model_class = default_config(name), None
+    if name == "whisper":  # the head class of its type is the decoder alone
+        from transformers import WhisperForConditionalGeneration as model_class
+    if name == "mixtral":
+        config.output_router_logits = True
+    return source_from_config(
+        config, model_class=model_class, phase=phase, batch=BATCH, seq=SEQ, dtype=dtype, small=True, labels=labels
+    )
