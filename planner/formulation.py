@@ -110,7 +110,8 @@ class _Builder:
         self.weights = weights(graph)
         self.found: Candidates = candidates(graph, pricing.ranks)
         self.block_of = BlockOf(graph)
-        self.memo: dict[object, tuple[Choices, Table]] = {}
+        self.memo: dict[object, Choices] = {}
+        self.tables: dict[object, tuple[Setting, list[list[Shard]], Choices]] = {}
         self.domain_ids: dict[Domain, int] = {}
         self.unary: dict[object, Table] = {}
         self.factors: list[Factor] = []
@@ -244,22 +245,21 @@ class _Builder:
 
     def _operator(self, node: Node) -> None:
         operands = reads(node)
-        setting = self._setting(node, operands)
+        settings, all_slices = self.out.settings, self.out.slices
         domains = [self.out.domain(i) for i in operands]
-        key = (
-            node.op, node.shape, node.dtype, node.outputs, node.differentiable, setting, tuple(map(self._id, domains)),
-            _relative((node.arguments, node.keywords), {index: at for at, index in enumerate(operands)}),
-            tuple((self.graph.nodes[i].shape, self.graph.nodes[i].dtype, self.graph.nodes[i].differentiable, self.graph.nodes[i].op == "parameter") for i in operands),
-        )  # fmt: skip
-        slices = slice_options(self.graph, node, domains) if any(setting.convertible) else [[] for _ in operands]
-        if key not in self.memo:
-            made = tabulate(self.graph, node, domains, setting, self.pricing, slices)
-            self.memo[key] = (made, made.table)
-        made, table = self.memo[key]
+        ids = tuple(map(self._id, domains))
+        copied = self.tables.get((node.template, ids)) if self._is_alike(node) else None
+        if copied is None:
+            setting = self._setting(node, operands)
+            slices = slice_options(self.graph, node, domains) if any(setting.convertible) else [[] for _ in operands]
+            copied = setting, slices, self._tabulated(node, operands, domains, ids, setting, slices)
+            self.tables[(node.template, ids)] = copied
+        setting, slices, made = copied
+        table = made.table
         variable = self._new(made.domain)
         self.out.variable[node.index] = variable
-        self.out.settings.append(setting)
-        self.out.slices.append(slices)
+        settings.append(setting)
+        all_slices.append(slices)
         variables = tuple(self.out.variable[i] for i in operands)
         if len(set(variables)) < len(variables):  # tied operands: the diagonal
             table, variables = _diagonal(table, variables)
@@ -267,6 +267,30 @@ class _Builder:
             self.factors.append(Factor((*variables, variable), table))
         elif not made.domain:
             raise AssertionError(f"{node.op} of {node.module} has no placement")
+
+    def _is_alike(self, node: Node) -> bool:
+        """Whether a copy's setting is its template's: nothing is frozen or fixed site by site."""
+        return self.options.fixed_calls is None and not self.options.frozen and node.index not in self.graph.whole
+
+    def _tabulated(
+        self,
+        node: Node,
+        operands: tuple[int, ...],
+        domains: list[Domain],
+        ids: tuple[int, ...],
+        setting: Setting,
+        slices: list[list[Shard]],
+    ) -> Choices:
+        """The operator's table, shared by equal operators."""
+        values = [self.graph.nodes[i] for i in operands]
+        key = (
+            (node.op, node.shape, node.dtype, node.outputs, node.differentiable, setting, ids),
+            _relative((node.arguments, node.keywords), {index: at for at, index in enumerate(operands)}),
+            tuple((v.shape, v.dtype, v.differentiable, v.op == "parameter") for v in values),
+        )
+        if key not in self.memo:
+            self.memo[key] = tabulate(self.graph, node, domains, setting, self.pricing, slices)
+        return self.memo[key]
 
     def _setting(self, node: Node, operands: tuple[int, ...]) -> Setting:
         movable, editable = False, False
@@ -347,8 +371,9 @@ class _Builder:
         """Between blocks the hidden state is not split: that is sequence parallelism's, or pure time's, to choose."""
         if self.options.replicate != "never":
             return
-        hidden = hidden_bytes(self.graph)
-        for index in crossing(self.graph):
+        crossings = crossing(self.graph)
+        hidden = hidden_bytes(self.graph, crossings)
+        for index in crossings:
             domain = self.out.domain(index)
             if self.graph.nodes[index].nbytes == hidden and any(isinstance(s, Shard) for s in domain):
                 key = ("hidden", self._id(domain))
@@ -379,13 +404,17 @@ class _Builder:
 
     def _memory(self, memory: Callable[[Node, Stored], int]) -> list[Factor]:
         factors = []
+        columns: dict[object, Table] = {}
         for node in self.graph.nodes:
             if self.same.get(node.index, node.index) != node.index:
                 continue
             variable = self.out.variable[node.index]
-            column = np.array([memory(node, s) for s in self.out.domains[variable]], dtype=np.int64)
-            if column.any():
-                factors.append(Factor((variable,), column))
+            domain = self.out.domains[variable]
+            key = (node.template, self._id(domain))
+            if key not in columns:
+                columns[key] = np.array([memory(node, s) for s in domain], dtype=np.int64)
+            if columns[key].any():
+                factors.append(Factor((variable,), columns[key]))
         return factors
 
     def _groups(self) -> tuple[tuple[int, ...], ...]:

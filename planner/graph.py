@@ -6,7 +6,7 @@ repetition; `Graph.blocks` says which node ranges are copies of which.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,8 @@ class Node:
         module: Path of the innermost module whose forward made it.
         differentiable: A gradient may flow into it.
         overload: Overload name.
-        template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced itself.
+        template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced.
+        operands: Indices of the values it reads, in argument order, repeats kept.
     """
 
     index: int
@@ -76,15 +77,12 @@ class Node:
     differentiable: bool = False
     overload: str = ""
     template: int = -1
+    operands: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.operands = tuple(references((self.arguments, self.keywords)))
         if self.template < 0:
             self.template = self.index
-
-    @property
-    def operands(self) -> tuple[int, ...]:
-        """Indices of the values it reads, in argument order, repeats kept."""
-        return tuple(references((self.arguments, self.keywords)))
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +153,17 @@ def references(tree: Any) -> Iterator[int]:
             yield from references(item)
     elif isinstance(tree, slice):
         yield from references((tree.start, tree.stop, tree.step))
+
+
+def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dicts with every leaf changed."""
+    if type(tree) is tuple:
+        return tuple([mapped(item, change) for item in tree])
+    if type(tree) is list:
+        return [mapped(item, change) for item in tree]
+    if type(tree) is dict:
+        return {key: mapped(value, change) for key, value in tree.items()}
+    return change(tree)
 
 
 def numel(shape: tuple[int, ...]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .blocks import block_paths
 from .call_record import TAG, Measured, RawCall
 from .folding import Folding
-from .graph import VIEWS, Block, Call, Graph, Node, Ref
+from .graph import LEAVES, VIEWS, Block, Call, Graph, Node, Ref, mapped
 from .rules.base import wrapped
 from .sites import Site, frame_of
 
@@ -254,12 +254,12 @@ class _Lifting:
                     to[leaf.index] = leaf.index
             return Ref(to[leaf.index])
 
-        template_nodes = [n for n in graph.nodes[start:stop]]
+        template_nodes = graph.nodes[start:stop]
         for leaf in dict.fromkeys(i for n in template_nodes for i in n.operands if not start <= i < stop):
             moved(Ref(leaf))  # all leaves first, so that the copy's own nodes are one range
         first = len(graph.nodes)
         for node in template_nodes:
-            if node.op in ("parameter", "buffer", "constant", "input"):
+            if node.op in LEAVES:
                 to[node.index] = moved(Ref(node.index)).index if node.index not in to else to[node.index]
                 continue
             if node.call >= 0 and node.call not in calls:
@@ -267,12 +267,11 @@ class _Lifting:
                 calls[node.call] = len(graph.calls)
                 site = Site(renamed(old.site.module), old.site.frames)
                 graph.calls.append(replace(old, site=site, leaves=tuple(map(moved, old.leaves))))
-            is_ref = lambda x: isinstance(x, Ref)  # noqa: E731
             copied = replace(
                 node,
                 index=len(graph.nodes),
-                arguments=pytree.tree_map(moved, node.arguments, is_leaf=is_ref),
-                keywords=pytree.tree_map(moved, node.keywords, is_leaf=is_ref),
+                arguments=mapped(node.arguments, moved),
+                keywords=mapped(node.keywords, moved),
                 call=calls.get(node.call, -1),
                 module=renamed(node.module),
                 template=node.template,

@@ -12,7 +12,7 @@ from .local_operators import leaves_of, local_form, measured_sizes, merged
 from .moves import COMMUNICATES
 from .placement import PARTIAL_GRAD, Partial, Placement, Replicate, Shard
 from .pricing import Cost
-from .roles import BlockOf, hidden_bytes
+from .roles import BlockOf, crossing, hidden_bytes
 from .sites import Site
 from .strategies import Choice, Stored, best_choice, is_leaf, reads
 
@@ -92,11 +92,12 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
     domains, variable = formulation.domains, formulation.variable
     out.stored = [domains[v][assignment[v]] if domains[v] else PARTIAL_GRAD for v in variable]
     lifted: set[int] = set()
+    made: dict[object, Choice] = {}
     edits: dict[Site, list[tuple[int, CallEdit]]] = {}
     for node in graph.nodes:
         if is_leaf(node):
             continue
-        choice = _choice(formulation, node, out.stored)
+        choice = _choice(formulation, node, out.stored, made)
         out.choices[node.index] = choice
         for index, conversion in zip(reads(node), choice.operands, strict=True):
             if conversion.move is not None and graph.nodes[index].op == "parameter":
@@ -118,16 +119,15 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
     return out
 
 
-def _choice(formulation: Formulation, node: Node, stored: list[Stored]) -> Choice:
-    return best_choice(
-        formulation.graph,
-        node,
-        [stored[i] for i in reads(node)],
-        stored[node.index],
-        formulation.settings[node.index],
-        formulation.pricing,
-        formulation.slices[node.index],
-    )
+def _choice(formulation: Formulation, node: Node, stored: list[Stored], made: dict[object, Choice]) -> Choice:
+    """The node's choice; copies of one operator with equal placements share it."""
+    setting, result = formulation.settings[node.index], stored[node.index]
+    operands = [stored[i] for i in reads(node)]
+    key = (node.template, tuple(operands), result, id(setting))
+    if key not in made:
+        pricing, slices = formulation.pricing, formulation.slices[node.index]
+        made[key] = best_choice(formulation.graph, node, operands, result, setting, pricing, slices)
+    return made[key]
 
 
 def _edit(formulation: Formulation, out: Lowered, node: Node, choice: Choice) -> CallEdit | None:
@@ -188,7 +188,7 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
     graph, pricing = formulation.graph, formulation.pricing
     block_of = BlockOf(graph)
     users = graph.users()
-    hidden = hidden_bytes(graph)
+    hidden = hidden_bytes(graph, crossing(graph))
     in_blocks = [n.index for n in graph.nodes if not is_leaf(n) and block_of(n.module)]
     first, last = (min(in_blocks), max(in_blocks)) if in_blocks else (0, len(graph.nodes))
     forward: list[Collective] = []

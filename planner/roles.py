@@ -55,9 +55,15 @@ class BlockOf:
 
     def __init__(self, graph: Graph) -> None:
         self._paths = set(outer_blocks(graph))
+        self._found: dict[str, str] = {}
 
     def __call__(self, fqn: str) -> str:
         """The block that contains ``fqn``; "" if none does."""
+        if fqn not in self._found:
+            self._found[fqn] = self._search(fqn)
+        return self._found[fqn]
+
+    def _search(self, fqn: str) -> str:
         parts = fqn.split(".")
         for depth in range(1, len(parts) + 1):
             path = ".".join(parts[:depth])
@@ -79,9 +85,9 @@ def crossing(graph: Graph) -> list[int]:
     return sorted(found)
 
 
-def hidden_bytes(graph: Graph) -> int:
+def hidden_bytes(graph: Graph, crossings: list[int]) -> int:
     """Bytes of the hidden state: of the values that cross from block to block, the size that most have; 0 without blocks."""
-    sizes = Counter(graph.nodes[index].nbytes for index in crossing(graph))
+    sizes = Counter(graph.nodes[index].nbytes for index in crossings)
     return max(sizes, key=lambda nbytes: (sizes[nbytes], nbytes), default=0)
 
 

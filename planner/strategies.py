@@ -90,7 +90,8 @@ class Setting:
 
 def reads(node: Node) -> tuple[int, ...]:
     """Distinct operands in order."""
-    return tuple(dict.fromkeys(node.operands))
+    operands = node.operands
+    return operands if len(operands) < 2 or len(set(operands)) == len(operands) else tuple(dict.fromkeys(operands))
 
 
 def conversions(value: Node, stored: Stored, convertible: bool, slices: Sequence[Shard]) -> Iterator[Conversion]:
