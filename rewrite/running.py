@@ -11,20 +11,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from colrow.cost_models.errors import UsageError
 from colrow.planner.plan_model import Plan
 from colrow.planner.planning import plan as make_plan
 from colrow.planner.sources import DTYPES, Source, load_source
 
-from .checkpoint import ReadReport, load_checkpoint
 from .comparison import Count
 from .counting import recorded_collectives
 from .generation import greedy
-from .groups import group_of, tp_mesh
-from .parallel import parallelize, spec_of
+from .parallel import parallelize
 from .random_inputs import call
-from .ranks import agree, run_ranks
+from .ranks import run_ranks
 
 TOKENS = 32
 PROMPT_LENGTH = 8
@@ -40,7 +39,8 @@ class RunResult:
         tokens: Those generated; empty for a model that does not generate.
         outputs: ``(path, dtype, shape, mean)`` of the outputs of one forward, for such a model.
         collectives: Executed, of the whole run.
-        read: What this rank read of the checkpoint; None without one.
+        bytes_held: Of the parameters, on this rank.
+        bytes_total: Of all parameters.
         seconds: Of generation, or of the forward.
     """
 
@@ -48,7 +48,8 @@ class RunResult:
     tokens: list[int]
     outputs: tuple[tuple[str, str, tuple[int, ...], float], ...]
     collectives: tuple[Count, ...]
-    read: ReadReport | None
+    bytes_held: int
+    bytes_total: int
     seconds: float
 
 
@@ -131,7 +132,8 @@ def _dtype_of(plan: Plan) -> str:
 def run_on_rank(source: str, plan: Plan, prompt_ids: list[int] | None, tokens: int) -> RunResult | None:
     """One rank of ``run``, inside a process group; None but on rank 0."""
     loaded = load_for_running(source, plan, prompt_ids)
-    model, read = load_model(loaded, plan)
+    model = load_model(loaded, plan)
+    held, total = bytes_held(model)
     inputs = _on_device(loaded.example_inputs, _device())
     started = time.perf_counter()
     with recorded_collectives() as recorder:
@@ -144,22 +146,28 @@ def run_on_rank(source: str, plan: Plan, prompt_ids: list[int] | None, tokens: i
         tokens=generated,
         outputs=outputs,
         collectives=tuple((c.kind, c.nbytes, c.direction) for c in recorder.found),
-        read=read,
+        bytes_held=held,
+        bytes_total=total,
         seconds=time.perf_counter() - started,
     )
 
 
-def load_model(loaded: Source, plan: Plan) -> tuple[nn.Module, ReadReport | None]:
-    """This rank's part of the model: slices of its checkpoint, or of the same random weights on every rank."""
+def load_model(loaded: Source, plan: Plan) -> nn.Module:
+    """This rank's part of the model: slices read from its checkpoint, or of the same random weights on every rank."""
     if loaded.checkpoint is None:
-        return parallelize(loaded.build().to(_device()), plan).eval(), None
-    model = parallelize(loaded.model, plan).eval()
+        return parallelize(loaded.build().to(_device()), plan).eval()
+    model = parallelize(loaded.model, plan, checkpoint=loaded.checkpoint).eval()
     if (loaded.checkpoint / "generation_config.json").is_file():  # which tokens end a text
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(str(loaded.checkpoint))  # type: ignore[assignment]
-    specs = {p.edit.fqn: spec_of(p.edit) for p in plan.parameters}
-    return model, load_checkpoint(model, specs, loaded.checkpoint, tp_mesh(None))
+    return model
+
+
+def bytes_held(model: nn.Module) -> tuple[int, int]:
+    """Bytes of a rewritten model's parameters: on this rank, and in all."""
+    parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
+    return sum(p.to_local().nbytes for p in parameters), sum(p.nbytes for p in parameters)
 
 
 def _generated(model: nn.Module, inputs: Any, tokens: int) -> tuple[list[int], tuple[Any, ...]]:
@@ -211,7 +219,6 @@ def _join(size: int, arguments: tuple[Any, ...]) -> RunResult | None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group(backend)
-    agree(dist.distributed_c10d._get_default_store(), arguments[1].digest, group_of(None))
     result = run_on_rank(*arguments)
     dist.destroy_process_group()  # not after a failure: it would wait for the others
     return result
@@ -220,8 +227,10 @@ def _join(size: int, arguments: tuple[Any, ...]) -> RunResult | None:
 def summary(result: RunResult, plan: Plan) -> str:
     """What it took, on one line."""
     did = f"{len(result.tokens)} tokens" if result.tokens else "one forward"
-    read = f", {result.read.bytes_read:,} of {result.read.bytes_total:,} bytes read by rank 0" if result.read else ""
-    return f"{did} on {plan.tp} ranks in {result.seconds:.2f} s, {len(result.collectives)} collectives{read}"
+    return (
+        f"{did} on {plan.tp} ranks in {result.seconds:.2f} s, {len(result.collectives)} collectives; "
+        f"rank 0 holds {result.bytes_held:,} of {result.bytes_total:,} bytes of weights"
+    )
 
 
 def described(result: RunResult) -> str:

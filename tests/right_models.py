@@ -21,7 +21,8 @@ BLOCK_COUNTS = {
     "deepseek_v3": {"": (2, 4)},  # backward: 1 in the MoE, and what is cheapest for the low-rank projections
     "whisper": {"model.encoder": (2, 2), "model.decoder": (3, 3)},
 }
-OWN_BLOCK_COUNTS = {"mlp": {}, "transformer": {"": (2, 2)}, "two_towers": {}}
+# Without blocks: the whole model's.
+OWN_BLOCK_COUNTS = {"mlp": {"": (1, 1)}, "transformer": {"": (2, 2)}, "two_towers": {"": (2, 2)}}
 ONE_BACKWARD_MORE = {"t5", "whisper"}  # for the encoder's output, once per model
 
 

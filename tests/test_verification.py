@@ -89,6 +89,8 @@ def test_a_right_model_is_right(ranks):
 def test_a_dropped_reduction_shows_in_values_and_counts(monkeypatch):
     def edit_bodies(model, calls, group):
         dropped = next(site for site, edit in calls.items() if edit.result and edit.result.forward == "all_reduce")
+        if next(model.parameters()).is_meta:  # the copy that is validated
+            return real(model, calls, group)
         fewer = {site: replace(e, result=None) if site == dropped else e for site, e in calls.items()}
         return real(model, fewer, group)
 
