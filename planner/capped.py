@@ -49,9 +49,7 @@ class _Best:
     priced_bound: int  # that bound
 
 
-def solve_capped(
-    problem: Problem, cheapest: Solution, max_table_entries: int, time_limit_s: float | None
-) -> Solution:
+def solve_capped(problem: Problem, cheapest: Solution, max_table_entries: int, time_limit_s: float | None) -> Solution:
     """The cheapest assignment within ``problem.memory_cap``, given that the ``cheapest`` one does not fit.
 
     Args:
@@ -223,9 +221,7 @@ def _ilp(problem: Problem, best: _Best, time_limit_s: float | None) -> _Best:
     excluded: list[dict[int, int]] = []
     for attempt in range(_CANDIDATES + 1):
         tried = cap if attempt < _CANDIDATES else strict  # the last one fits, but bounds nothing
-        found = solve_ilp(
-            reduced.sizes, reduced.terms, time_limit_s=time_limit_s, memory_cap=tried, excluded=excluded
-        )
+        found = solve_ilp(reduced.sizes, reduced.terms, time_limit_s=time_limit_s, memory_cap=tried, excluded=excluded)
         bound = best.lower_bound
         if tried == cap:
             bound = max(bound, cost_offset + reduced.cost_offset + found.lower_bound)

@@ -40,9 +40,7 @@ class Completions:
         return sum(int(self.tables[number][1]) for number in self.leftovers[joined:])
 
 
-def complete(
-    sizes: Sequence[int], tables: Sequence[tuple[tuple[int, ...], Table]], order: Schedule
-) -> Completions:
+def complete(sizes: Sequence[int], tables: Sequence[tuple[tuple[int, ...], Table]], order: Schedule) -> Completions:
     """Both passes over a schedule that eliminates every variable.
 
     Args:

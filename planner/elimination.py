@@ -61,9 +61,7 @@ def eliminate(
     return Eliminated(order, tuple(backs), tuple((index, *alive[index]) for index in order.leftovers))
 
 
-def decode(
-    algebra: Algebra[T], eliminated: Eliminated[T], assignment: dict[int, int], chosen: dict[int, int]
-) -> None:
+def decode(algebra: Algebra[T], eliminated: Eliminated[T], assignment: dict[int, int], chosen: dict[int, int]) -> None:
     """Assign the eliminated variables, last one first, given the others.
 
     Args:

@@ -157,11 +157,11 @@ def references(tree: Any) -> Iterator[int]:
 
 def mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Nested tuples, lists and dicts with every leaf changed."""
-    if type(tree) is tuple:
+    if isinstance(tree, tuple):
         return tuple([mapped(item, change) for item in tree])
-    if type(tree) is list:
+    if isinstance(tree, list):
         return [mapped(item, change) for item in tree]
-    if type(tree) is dict:
+    if isinstance(tree, dict):
         return {key: mapped(value, change) for key, value in tree.items()}
     return change(tree)
 

@@ -21,7 +21,7 @@ from .sites import Site, frame_of
 _NOISE = frozenset(
     {"_assert_tensor_metadata", "_set_grad_enabled", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"}
 )
-_SAME = frozenset({"alias", "lift_fresh_copy", "lift_fresh", "lift", "detach_"})
+_SAME = frozenset({"contiguous", "alias", "lift_fresh_copy", "lift_fresh", "lift", "detach_"})
 _SAME_IF_UNCHANGED = frozenset({"to", "_to_copy", "type_as", "contiguous_"})
 _NO_GRADIENT = frozenset(
     {"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize", "round", "floor", "ceil", "sign"}

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from colrow.cost_models.errors import SourceError
 
+from .agreement import together
 from .buffers import recompute_buffers
-from .collectives import all_reduce
 from .groups import TpGroup, group_of
 from .slices import pieces
 from .storage import ParameterSpec, owners, parameter
@@ -238,26 +238,6 @@ def read_block(name: str, stored: Stored, spec: ParameterSpec, rank: int, block:
             block.narrow(dim, local, length).copy_(part)
             taken, width = taken + part.nbytes, part.element_size()
         return taken, torch.Size(stored.shape).numel() * (width or block.element_size())
-
-
-def together(attempt: Callable[[], T], group: TpGroup, where: str) -> T:
-    """Do something that may fail on one rank alone (a local disk), so that all ranks fail then.
-
-    Raises:
-        SourceError: Of this rank, or saying that another rank failed.
-    """
-    result, error = None, None
-    try:
-        result = attempt()
-    except Exception as caught:
-        error = caught
-    device = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
-    failed = all_reduce(torch.tensor([0 if error is None else 1], device=device), group, "max").item()
-    if error is not None:
-        raise error
-    if failed:
-        raise SourceError(where, "another rank failed here", remedy="See that rank's message.")
-    return result  # type: ignore[return-value]
 
 
 def save_dense(model: nn.Module, directory: str | Path, group: TpGroup, shard_bytes: int = SHARD_BYTES) -> None:

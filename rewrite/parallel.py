@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -19,10 +20,13 @@ from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan
 from colrow.planner.sites import Frame, Site
 
+from .agreement import together
 from .bodies import edit_module
+from .checkpoint import check_checkpoint, load_checkpoint
 from .clones import Replacement
 from .collectives import apply_move
 from .groups import TpGroup, group_of, tp_mesh
+from .ranks import agree
 from .regions import install_regions
 from .replacements import replacement
 from .storage import ParameterSpec, store
@@ -47,19 +51,11 @@ def parallelize(
         ValidationError: The rewritten model is not the planned one.
     """
     axis, group = tp_mesh(mesh), group_of(mesh)
-    if group.size != plan.tp:
-        raise UsageError(
-            "mesh",
-            "the plan was made for another number of ranks",
-            got=group.size,
-            need=plan.tp,
-            remedy=f"Plan with tp={group.size}, or start {plan.tp} ranks.",
-        )
-    _refuse_unsuitable(model)
-    check_same_model(model, plan)
-    _validate_once(model, plan, group)
-    specs = [spec_of(p.edit) for p in plan.parameters]
-    stored = store(model, specs, axis)
+    _agree(plan, group)
+    together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
+    stored = store(model, [spec_of(p.edit) for p in plan.parameters], axis)
+    if checkpoint is not None:
+        load_checkpoint(model, stored, checkpoint, axis)
     edit_bodies(model, plan.calls, group)
     install_regions(model, outermost(block_paths(model)), stored, group)
     if plan.inputs:
@@ -73,8 +69,27 @@ _validated: set[tuple[str, str]] = set()
 _validating = threading.Lock()
 
 
-def _validate_once(model: nn.Module, plan: Plan, group: TpGroup) -> None:
-    """Validates this plan in this process, unless it has been; then waits for the other ranks."""
+def _agree(plan: Plan, group: TpGroup) -> None:
+    """All ranks start the same plan, or none does; asked through the store, since a collective would hang."""
+    agree(distributed_c10d._get_default_store(), f"{plan.tp} {plan.digest}", group)
+    if group.size != plan.tp:
+        raise UsageError(
+            "mesh",
+            "the plan was made for another number of ranks",
+            got=group.size,
+            need=plan.tp,
+            remedy=f"Plan with tp={group.size}, or start {plan.tp} ranks.",
+        )
+
+
+def _check(model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None) -> None:
+    """Everything that can be refused, before anything is changed. A plan is validated once per process."""
+    _refuse_unsuitable(model)
+    check_same_model(model, plan)
+    if checkpoint is not None:
+        check_checkpoint(model, checkpoint)
+    elif any(p.is_meta for p in model.parameters()):
+        raise UsageError(type(model).__name__, "the weights are on meta", remedy="Pass checkpoint=DIRECTORY.")
     key = (plan.digest, f"{type(model).__module__}.{type(model).__qualname__}")
     with _validating:
         if key not in _validated:
