@@ -15,8 +15,10 @@ from .strategies import Stored, is_leaf
 def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Stored], MemoryBytes]:
     """Bytes of one value stored in a placement.
 
-    Weights count in every phase; gradients and AdamW's two moments (in the parameters' dtype) in training, as do all values that a
-    backward pass may read (an upper bound: every floating result that is no view). In inference keys and values are cached.
+    Weights count in every phase; gradients and AdamW's two moments (in the parameters' dtype) in training, as do all
+    values that a
+    backward pass may read (an upper bound: every floating result that is no view). In inference keys and values are
+    cached.
     """
     cached = _cached_values(graph) if phase != "train" else {}
 

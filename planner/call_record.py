@@ -1,6 +1,7 @@
 """Records every torch API call made while a model runs: its module, its chain of Python frames, its arguments.
 
-The chain is what lets a plan say *where* a reduction goes and the rewriter put it there: every ATen node of the trace is tagged with the API
+The chain is what lets a plan say *where* a reduction goes and the rewriter put it there: every ATen node of the
+trace is tagged with the API
 call that made it, and a call is an expression in somebody's source.
 """
 

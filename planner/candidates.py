@@ -1,8 +1,11 @@
 """Which layouts are worth considering for each dim of each weight.
 
-A split of a weight's dim is usable only if the views downstream can carry it: a projection that is viewed as heads is cut between heads, a
-fused ``q, k, v`` in each of its pieces. So layouts start where shapes are split or merged (`_seed`) and spread along dims that operators
-identify (`_links`), in both directions, until nothing new appears. Copies of folded blocks share their template's candidates.
+A split of a weight's dim is usable only if the views downstream can carry it: a projection that is viewed as heads
+is cut between heads, a
+fused ``q, k, v`` in each of its pieces. So layouts start where shapes are split or merged (`_seed`) and spread along
+dims that operators
+identify (`_links`), in both directions, until nothing new appears. Copies of folded blocks share their template's
+candidates.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice, product
+from typing import Any
 
 from .graph import LEAVES, Graph, Node, Ref
 from .layout import Layout, balanced, joined
@@ -216,9 +220,9 @@ def _links(graph: Graph, node: Node) -> Iterator[tuple[DimKey, DimKey]]:
                 yield (q, dim), (k, dim)
             if len(node.operands) > 3:
                 mask = nodes[node.operands[3]]
-                at = dim - len(node.shape) + len(mask.shape)
-                if at >= 0 and mask.shape[at] != 1:
-                    yield (q, dim), (mask.index, at)
+                place = dim - len(node.shape) + len(mask.shape)
+                if place >= 0 and mask.shape[place] != 1:
+                    yield (q, dim), (mask.index, place)
     elif node.op == "embedding":
         yield (node.operands[0], 1), (node.index, len(node.shape) - 1)
     elif node.op == "cat" and _joins_equal_ranks(graph, node):
@@ -291,6 +295,5 @@ def _joins_equal_ranks(graph: Graph, node: Node) -> bool:
     return all(len(graph.nodes[i].shape) == len(node.shape) for i in node.operands)
 
 
-def _argument(node: Node, position: int, name: str, default: int | None) -> int:
-    value = node.arguments[position] if position < len(node.arguments) else node.keywords.get(name, default)
-    return value  # type: ignore[no-any-return]
+def _argument(node: Node, position: int, name: str, default: int | None) -> Any:
+    return node.arguments[position] if position < len(node.arguments) else node.keywords.get(name, default)

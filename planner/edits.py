@@ -1,7 +1,9 @@
 """Edits: all that a plan changes in a model's source, as plain data.
 
-The list is closed. A parameter is stored sliced and read in some way; a call expression gets its arguments moved, its literal sizes made
-local, its operator replaced by the local one of the same meaning, its result moved; a model input is moved. Nothing else happens.
+The list is closed. A parameter is stored sliced and read in some way; a call expression gets its arguments moved,
+its literal sizes made
+local, its operator replaced by the local one of the same meaning, its result moved; a model input is moved. Nothing
+else happens.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class OperatorEdit:
     """A local operator where the dense one would be wrong on slices.
 
     Attributes:
-        name: ``vocab_embedding`` (rows split), ``mean_of_shard`` (a mean over a split dim, as a partial sum), ``rank_random`` (dropout in a
+        name: ``vocab_embedding`` (rows split), ``mean_of_shard`` (a mean over a split dim, as a partial sum),
+            ``rank_random`` (dropout in a
             split region draws differently on every rank).
         dim: The split dim of its first operand.
         layout: Of that dim.

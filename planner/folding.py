@@ -1,8 +1,11 @@
 """Repeated blocks are traced once, and it is proved that this changes nothing.
 
-Two children of one ModuleList fold if they agree in classes, parameter and buffer shapes, dtypes, ties and every non-tensor attribute except
-those that equal the child's position in the list. While the first of them runs, such an attribute is replaced by an object that refuses every
-use: if the run succeeds, what was traced cannot depend on it. A later block's call must then agree with the first one's in argument structure,
+Two children of one ModuleList fold if they agree in classes, parameter and buffer shapes, dtypes, ties and every
+non-tensor attribute except
+those that equal the child's position in the list. While the first of them runs, such an attribute is replaced by an
+object that refuses every
+use: if the run succeeds, what was traced cannot depend on it. A later block's call must then agree with the first
+one's in argument structure,
 tensor shapes and non-tensor values; otherwise it is traced itself.
 """
 
@@ -25,11 +28,11 @@ class Untouchable:
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("a folded block reads an attribute that differs between its copies")
 
-    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse  # type: ignore[assignment]
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __index__ = __int__ = (
         _refuse
     )
-    __getattr__ = __iter__ = __len__ = __contains__ = __getitem__ = __str__ = __format__ = _refuse  # type: ignore[assignment]
+    __getattr__ = __iter__ = __len__ = __contains__ = __getitem__ = __str__ = __format__ = _refuse
 
 
 @dataclass

@@ -1,10 +1,14 @@
 """Stage 4: graph -> discrete problem. One variable per value, one table per operator.
 
-Variables: the stored placement of every value; tied parameters share one; per block one flag "some replicated parameter here has a partial
-gradient", which pays the latency of the block's one parameter reduction. Tables: `strategies.tabulate` per operator; parameters' prices;
-model outputs are whole. Equal operators share one table object, which is what lets the solver eliminate equal blocks once.
+Variables: the stored placement of every value; tied parameters share one; per block one flag "some replicated
+parameter here has a partial
+gradient", which pays the latency of the block's one parameter reduction. Tables: `strategies.tabulate` per operator;
+parameters' prices;
+model outputs are whole. Equal operators share one table object, which is what lets the solver eliminate equal blocks
+once.
 
-Weights are split (DESIGN section 3, "the space"): a weight that could be split pays `REPLICATION_PENALTY_PS` for staying replicated, which no
+Weights are split (DESIGN section 3, "the space"): a weight that could be split pays `REPLICATION_PENALTY_PS` for
+staying replicated, which no
 time outweighs, so it does so only if no legal split exists.
 """
 
@@ -17,20 +21,21 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from .candidates import Candidates, candidates
-from .factor_graph import INFEASIBLE, Factor, Problem, Table
 from .edits import CallEdit, ParameterEdit
+from .factor_graph import INFEASIBLE, Factor, Problem, Table
 from .graph import VIEWS, Graph, Node, Ref
 from .local_operators import leaves_of
 from .moves import Move
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from .pricing import Pricing
 from .roles import SMALL_SHARE, BlockOf, Weight, canonical, crossing, hidden_bytes, label_of, outer_blocks, weights
-from .sites import Site
+from .sites import Frame, Site
 from .strategies import Choices, Domain, Fixed, Setting, Stored, is_leaf, reads, slice_options, tabulate
 
 REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38
-"""Inside a block, gathering a split activation costs this much more (0.27 s): it is done only where nothing else is legal."""
+"""Inside a block, gathering a split activation costs this much more (0.27 s): it is done only where nothing else is
+legal."""
 RETURNED = Move("identity", "lift")
 """What happens to a returned value whose gradient is partial."""
 _NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
@@ -86,7 +91,7 @@ class Options:
     replicate: str = "never"
     pin: Mapping[str, str] = field(default_factory=dict)
     memory_cap: int | None = None
-    editable: Callable[[tuple[object, ...]], str | None] = lambda frames: None
+    editable: Callable[[tuple[Frame, ...]], str | None] = lambda frames: None
     frozen: frozenset[object] = frozenset()
     fixed_calls: Mapping[Site, CallEdit] | None = None
     fixed_parameters: Mapping[str, ParameterEdit] | None = None
@@ -183,11 +188,11 @@ class _Builder:
         flag = self._flag(self.block_of(node.fqn)) if partial else -1
         cost = self._beta(node.nbytes) if partial else 0
         if penalty or cost:
-            key = ("parameter", penalty, cost, self._id(domain))
-            if key not in self.unary:
+            price = ("parameter", penalty, cost, self._id(domain))
+            if price not in self.unary:
                 column = [penalty * isinstance(s, Replicate) + cost * (s == PARTIAL_GRAD) for s in domain]
-                self.unary[key] = np.array(column, dtype=np.int64)
-            self.factors.append(Factor((variable,), self.unary[key]))
+                self.unary[price] = np.array(column, dtype=np.int64)
+            self.factors.append(Factor((variable,), self.unary[price]))
         if partial:
             key = ("flag", self._id(domain))
             if key not in self.unary:

@@ -1,6 +1,7 @@
 """The traced graph: values, the operators that make them, and the call sites they come from.
 
-A `Graph` is plain data. Nodes are in execution order and refer to earlier nodes by index. Repeated blocks are traced once and appear once per
+A `Graph` is plain data. Nodes are in execution order and refer to earlier nodes by index. Repeated blocks are traced
+once and appear once per
 repetition; `Graph.blocks` says which node ranges are copies of which.
 """
 
@@ -16,8 +17,10 @@ from .sites import Site
 
 LEAVES = frozenset({"parameter", "buffer", "input", "constant"})
 VIEWS = frozenset({
-    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "mT", "unsqueeze", "squeeze", "expand", "slice", "select",
-    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow", "movedim", "swapaxes", "expand_as", "view_as",
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "mT", "unsqueeze",
+    "squeeze", "expand", "slice", "select",
+    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow", "movedim", "swapaxes",
+    "expand_as", "view_as",
 })  # fmt: skip
 
 
@@ -35,7 +38,8 @@ class Call:
     Attributes:
         site: Module path and chain of frames.
         function: The API function's name.
-        leaves: Its arguments flattened, a receiver first; tensors as `Ref` (None where the trace did not see them made).
+        leaves: Its arguments flattened, a receiver first; tensors as `Ref` (None where the trace did not see them
+            made).
     """
 
     site: Site
@@ -49,7 +53,8 @@ class Node:
 
     Attributes:
         index: Position in ``Graph.nodes``.
-        op: Operator name without namespace and overload (``linear``, ``add``), or one of `LEAVES`, or ``getitem`` of a tuple.
+        op: Operator name without namespace and overload (``linear``, ``add``), or one of `LEAVES`, or ``getitem`` of
+            a tuple.
         arguments: Arguments in ATen order, values as `Ref`.
         keywords: Keyword arguments.
         shape: Global shape; of the first output where there are several.

@@ -1,8 +1,11 @@
 """Layouts: which slices of a dim each rank holds.
 
-A layout is the truth about a split dim: a concatenation of segments (fused ``q, k, v``), each cut into one list of intervals per rank.
-Local lengths are equal on all ranks; a rank that owns less is padded at the end of the segment. Two ranks may own the same interval (kv
-heads fewer than ranks): then the interval is replicated. Everything else in colrow (views, slices, checkpoints) transforms layouts.
+A layout is the truth about a split dim: a concatenation of segments (fused ``q, k, v``), each cut into one list of
+intervals per rank.
+Local lengths are equal on all ranks; a rank that owns less is padded at the end of the segment. Two ranks may own
+the same interval (kv
+heads fewer than ranks): then the interval is replicated. Everything else in colrow (views, slices, checkpoints)
+transforms layouts.
 """
 
 from __future__ import annotations

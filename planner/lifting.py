@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -78,9 +78,8 @@ class _Lifting:
             elif node.op == "call_function":
                 self._operator(node)
             elif node.op == "output":
-                self.graph.outputs = [
-                    r.index for r in pytree.tree_leaves(node.args[0], is_leaf=_is_fx) for r in [self.value[r]]
-                ]  # type: ignore[union-attr]
+                returned = pytree.tree_leaves(node.args[0], is_leaf=_is_fx)
+                self.graph.outputs = [cast(Ref, self.value[leaf]).index for leaf in returned]
         self._unread_parameters()
         _record_blocks(self.graph, self.block_starts, self.templates)
         return self.graph
@@ -147,8 +146,8 @@ class _Lifting:
         base = view.args[0]
         if not isinstance(base, torch.fx.Node) or not isinstance(self.value.get(base), Ref):
             return False
-        held = self.value[base]
-        shape = self.graph.nodes[held.index].shape  # type: ignore[union-attr]
+        held = cast(Ref, self.value[base])
+        shape = self.graph.nodes[held.index].shape
         dim, start, stop = (*view.args[1:4], None, None, None)[:3]
         arguments = (held, self.value[source], wrapped(dim, len(shape)), start, stop)  # type: ignore[index,arg-type]
         self._append(node, "slice_scatter", arguments, {}, "")

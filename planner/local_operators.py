@@ -1,7 +1,9 @@
 """What an operator needs at its call so that the same source, run on slices, computes its slice.
 
-Most operators need nothing: they read lengths off their operands. Sizes and offsets written as literals (or taken from attributes) are made
-local; lengths the code measured itself are left alone. An operator that would be wrong on slices is replaced by its local form.
+Most operators need nothing: they read lengths off their operands. Sizes and offsets written as literals (or taken
+from attributes) are made
+local; lengths the code measured itself are left alone. An operator that would be wrong on slices is replaced by its
+local form.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def _sized(node: Node, call: Call | None, made: Shard) -> CallEdit | str | None:
 def measured_sizes(
     node: Node, call: Call, made: Placement | tuple[Placement, ...], stored: Callable[[int], object]
 ) -> CallEdit | None:
-    """Lengths that the code reads from a tensor which is split otherwise than the result: set to what the result needs."""
+    """Lengths that the code reads from a tensor which is split otherwise than the result: set to what the result
+    needs."""
     if node.op not in _SIZED or isinstance(made, tuple):
         return None
     sizes = next((a for a in node.arguments[1:] if isinstance(a, (list, tuple))), [])

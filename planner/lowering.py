@@ -155,8 +155,8 @@ def _merge(formulation: Formulation, edits: dict[Site, list[tuple[int, CallEdit]
     """One edit per site; every call of a site must want the same."""
     graph = formulation.graph
     calls_of: dict[Site, set[int]] = {}
-    for index, call in enumerate(graph.calls):
-        calls_of.setdefault(call.site, set()).add(index)
+    for index, made in enumerate(graph.calls):
+        calls_of.setdefault(made.site, set()).add(index)
     conflicts: set[object] = set()
     for site, found in edits.items():
         per_call: dict[int, list[CallEdit]] = {}

@@ -1,14 +1,17 @@
 """Moves: what is done to a value, and to its gradient on the way back.
 
-A move is a pair of one forward and one backward step, so that the table of DESIGN section 2 is a list of such pairs and the runtime has a
-single autograd function for all of them. Steps that communicate: ``all_reduce``, ``all_gather``, ``reduce_scatter``. Steps that do not:
-``identity``, ``slice`` (keep this rank's part), ``pad`` (zeros around this rank's part), ``lift`` (keep on the first rank, zeros elsewhere).
+A move is a pair of one forward and one backward step, so that the table of DESIGN section 2 is a list of such pairs
+and the runtime has a
+single autograd function for all of them. Steps that communicate: ``all_reduce``, ``all_gather``, ``reduce_scatter``.
+Steps that do not:
+``identity``, ``slice`` (keep this rank's part), ``pad`` (zeros around this rank's part), ``lift`` (keep on the first
+rank, zeros elsewhere).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal
 
 from .layout import Layout
 from .placement import Partial, Placement, Replicate, Shard
@@ -19,7 +22,8 @@ COMMUNICATES: frozenset[str] = frozenset({"all_reduce", "all_gather", "reduce_sc
 
 @dataclass(frozen=True)
 class Move:
-    """One forward and one backward step on a value; ``dim`` and ``layout`` say what is gathered, scattered or sliced."""
+    """One forward and one backward step on a value; ``dim`` and ``layout`` say what is gathered, scattered or
+    sliced."""
 
     forward: Step
     backward: Step
@@ -33,7 +37,8 @@ class Move:
 
 
 def move(source: Placement, target: Placement) -> Move | None:
-    """The move that turns ``source`` into ``target``; None where there is none (or where they are equal: nothing to do)."""
+    """The move that turns ``source`` into ``target``; None where there is none (or where they are equal: nothing to
+    do)."""
     if source == target:
         return None
     match source, target:
@@ -53,5 +58,4 @@ def move(source: Placement, target: Placement) -> Move | None:
             return Move("identity", "lift")
         case (Shard(), Shard() | Partial()) | (Partial(), Partial()) | (Replicate(), Replicate()):
             return None
-        case _:
-            assert_never((source, target))
+    raise AssertionError(f"no such placements: {source}, {target}")

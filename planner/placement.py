@@ -1,6 +1,7 @@
 """Placements of a value on the tp axis, and the moves between them (DESIGN section 2).
 
-In every workload a value carries its gradient's placement along, so that whatever was planned for inference also trains:
+In every workload a value carries its gradient's placement along, so that whatever was planned for inference also
+trains:
 
     Replicate(partial_grad=False)   the whole value        its gradient whole on each rank
     Replicate(partial_grad=True)    the whole value        its gradient a partial sum

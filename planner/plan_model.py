@@ -22,7 +22,8 @@ class PlannedCost:
         total_s: ``compute_s + comm_s``.
         compute_s: Operators.
         comm_s: Collectives and local moves.
-        lower_bound_s: No plan in the stated space is faster; what the solver returned, in the same terms as ``total_s``.
+        lower_bound_s: No plan in the stated space is faster; what the solver returned, in the same terms as
+            ``total_s``.
         proven: The bound equals the cost, to the picosecond.
         forward_comm_s: Of ``comm_s``, in the forward pass.
         backward_comm_s: Collectives of the backward pass, predicted also where the workload has none.

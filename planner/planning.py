@@ -86,7 +86,8 @@ def replan(model: nn.Module, example_inputs: Inputs, edited: Plan) -> Plan:
     """Re-checks and re-prices a plan with its layouts and moves as they are.
 
     Raises:
-        Infeasible: The plan is not exact for this model: some operator would not compute its slice, or a gradient would be lost.
+        Infeasible: The plan is not exact for this model: some operator would not compute its slice, or a gradient
+            would be lost.
     """
     return replan_graph(trace(model, example_inputs), edited)
 
@@ -199,7 +200,8 @@ def _plan(
 
 
 def _cost(formulation: Formulation, solution: Solution, lowered: Lowered) -> PlannedCost:
-    """Seconds of the workload's own passes; the bound is the solver's less the terms that are no time of this workload."""
+    """Seconds of the workload's own passes; the bound is the solver's less the terms that are no time of this
+    workload."""
     train = formulation.pricing.phase == "train"
 
     def own(cost: Cost) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,7 +68,8 @@ class Pricing:
         return _picoseconds(operator_s(flops, nbytes, name, self.hardware))
 
     def move(self, move: Move, nbytes: int, *, free: bool = False) -> Cost:
-        """A move of a value of ``nbytes`` globally. Local steps cost a pass over memory, or nothing on parameters (``free``)."""
+        """A move of a value of ``nbytes`` globally. Local steps cost a pass over memory, or nothing on parameters
+        (``free``)."""
         padded = nbytes
         if move.layout is not None and move.layout.size:
             padded = nbytes * max(move.layout.local * self.ranks, move.layout.size) // move.layout.size
@@ -124,7 +126,7 @@ def flops_of(node: Node, operands: Mapping[int, Node]) -> float:
         case "conv1d" | "conv2d" | "conv3d":
             return 2.0 * size * numel(shapes[1][1:])
         case "einsum":
-            return 2.0 * size * max(1, numel(shapes[0]) * numel(shapes[-1]) // max(1, size)) ** 0.5
+            return 2.0 * size * math.sqrt(max(1, numel(shapes[0]) * numel(shapes[-1]) // max(1, size)))
         case _:
             return 0.0
 

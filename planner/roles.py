@@ -86,7 +86,8 @@ def crossing(graph: Graph) -> list[int]:
 
 
 def hidden_bytes(graph: Graph, crossings: list[int]) -> int:
-    """Bytes of the hidden state: of the values that cross from block to block, the size that most have; 0 without blocks."""
+    """Bytes of the hidden state: of the values that cross from block to block, the size that most have; 0 without
+    blocks."""
     sizes = Counter(graph.nodes[index].nbytes for index in crossings)
     return max(sizes, key=lambda nbytes: (sizes[nbytes], nbytes), default=0)
 
@@ -129,7 +130,8 @@ def _products(graph: Graph, weight: Node, users: list[list[int]]) -> list[int]:
 
 
 def label_of(graph: Graph, product: Node, operand: int, dim: int) -> str:
-    """``column`` if an operand's ``dim`` appears in the product's result, ``row`` if it is summed, ``vocab`` for an embedding's rows."""
+    """``column`` if an operand's ``dim`` appears in the product's result, ``row`` if it is summed, ``vocab`` for an
+    embedding's rows."""
     if product.op == "embedding":
         return "vocab" if dim == 0 else "column"
     factors = FACTORS[product.op](Operation(product, graph.nodes, dict.fromkeys(product.operands, WHOLE)))

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -190,7 +190,7 @@ def source_from_config(
 
     with torch.device("meta"), no_init_weights():
         model = construct()
-    model.tie_weights()  # skipped with the initialisation
+    cast("PreTrainedModel", model).tie_weights()  # skipped with the initialisation
     length, notes = usable_seq(config, seq)
     inputs = example_inputs(model, phase=phase, batch=batch, seq=length, labels=labels)
     cached = 0 if phase != "decode" else length if context is None else context

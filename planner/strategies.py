@@ -1,12 +1,15 @@
 """Stage 3: every operator's choices, as cost tables over the stored placements of its operands and its result.
 
-A value has one *stored* placement, which all its readers share: it is made in some placement (`Made`), moved at most once where it is made,
-and each reader may then change it locally for itself (`conversions`: slice, lift). So what is wanted in one placement by several readers is
+A value has one *stored* placement, which all its readers share: it is made in some placement (`Made`), moved at most
+once where it is made,
+and each reader may then change it locally for itself (`conversions`: slice, lift). So what is wanted in one
+placement by several readers is
 moved once, and the space is realised by edits of two kinds only: of a call's result, of a call's arguments.
 
 How gradients are placed follows from the forward placements:
 - a replicated operand of an operator whose result is split or partial receives a partial gradient on each rank;
-- an operator with all operands replicated passes a whole gradient on whole, and a partial gradient on partial (gradients are linear).
+- an operator with all operands replicated passes a whole gradient on whole, and a partial gradient on partial
+(gradients are linear).
 """
 
 from __future__ import annotations
@@ -124,7 +127,8 @@ def choices(
     pricing: Pricing,
     slices: Sequence[Sequence[Shard]],
 ) -> Iterator[tuple[tuple[Conversion, ...], Stored, Cost, Cost]]:
-    """All ways to make ``node`` from operands stored as ``stored``: readings, placement made, compute, local changes."""
+    """All ways to make ``node`` from operands stored as ``stored``: readings, placement made, compute, local
+    changes."""
     nodes = graph.nodes
     operands = reads(node)
     call = graph.calls[node.call] if setting.editable else None

@@ -1,7 +1,9 @@
 """Stage 1: an `nn.Module` and example inputs -> `Graph`.
 
-The model's own forward runs once on fake CPU tensors under ``make_fx(pre_dispatch=True)``: ``linear``, ``layer_norm`` and
-``scaled_dot_product_attention`` stay whole, nothing is allocated, and every node carries its module path and its call site. Repeated blocks
+The model's own forward runs once on fake CPU tensors under ``make_fx(pre_dispatch=True)``: ``linear``,
+``layer_norm`` and
+``scaled_dot_product_attention`` stay whole, nothing is allocated, and every node carries its module path and its
+call site. Repeated blocks
 run once (`folding`).
 """
 

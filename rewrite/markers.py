@@ -1,6 +1,7 @@
 """While an edited model is traced for validation, moves and replaced operators appear as one marker each.
 
-What a move does is tested on its own; what validation must see is that it stands where it was planned, on the value it was planned for.
+What a move does is tested on its own; what validation must see is that it stands where it was planned, on the value
+it was planned for.
 """
 
 from __future__ import annotations
@@ -57,12 +58,14 @@ def _(tensors: list[Tensor], what: str, shape: list[int], dtype: torch.dtype) ->
 
 def marked_move(x: Tensor, move: Move) -> Tensor:
     """The marker of ``move`` on ``x``."""
-    return move_marker(x, described(move), list(moved_shape(tuple(x.shape), move)))
+    made: Tensor = move_marker(x, described(move), list(moved_shape(tuple(x.shape), move)))
+    return made
 
 
 def marked_operator(tensors: Sequence[Tensor], edit: OperatorEdit, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The marker of a replaced operator with a result of ``shape``."""
-    return operator_marker(list(tensors), described(edit), list(shape), dtype)
+    made: Tensor = operator_marker(list(tensors), described(edit), list(shape), dtype)
+    return made
 
 
 def described(what: Move | OperatorEdit) -> str:

@@ -1,4 +1,5 @@
-"""Stage 7: a plan applied to a model. The model keeps its classes, its names and its own forward, edited where the plan says."""
+"""Stage 7: a plan applied to a model. The model keeps its classes, its names and its own forward, edited where the
+plan says."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ class InputGradients:
 
 
 class OutputGradients:
-    """Post-hook of the model: what the caller does with a returned value whose gradient is partial counts on one rank."""
+    """Post-hook of the model: what the caller does with a returned value whose gradient is partial counts on one
+    rank."""
 
     def __init__(self, paths: tuple[str, ...], group: TpGroup) -> None:
         self.paths, self.group = [path.split(".") for path in paths], group

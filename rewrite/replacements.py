@@ -1,6 +1,7 @@
 """What stands in an edited body where a call expression stood.
 
-A replacement is compared by value, so that blocks with equal edits share one edited class; whatever differs between ranks (the group) is part
+A replacement is compared by value, so that blocks with equal edits share one edited class; whatever differs between
+ranks (the group) is part
 of it.
 """
 

@@ -2,8 +2,10 @@
 
 Two things are shown on every `parallelize`, on a meta copy and without communicating:
 
-1. the plan is exact for this model: with all its layouts and moves fixed, the placement rules hold at every operator (`recheck`);
-2. the edited forward *is* that plan: traced on local shapes, it runs the same operators in the same order on the same values, every result has
+1. the plan is exact for this model: with all its layouts and moves fixed, the placement rules hold at every operator
+(`recheck`);
+2. the edited forward *is* that plan: traced on local shapes, it runs the same operators in the same order on the
+same values, every result has
    the planned local shape, and moves stand exactly where they were planned.
 
 A mismatch refuses the plan and names the node.

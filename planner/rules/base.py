@@ -1,7 +1,9 @@
 """What an operator rule is.
 
-A rule maps the placements of an operator's operands to the placement of its result, or to None where the local operator on local values would
-not compute the same function. It sees `Replicate`, `Shard` and `Partial` only: how gradients are placed follows from the result (`strategies`).
+A rule maps the placements of an operator's operands to the placement of its result, or to None where the local
+operator on local values would
+not compute the same function. It sees `Replicate`, `Shard` and `Partial` only: how gradients are placed follows from
+the result (`strategies`).
 Rules never look at names; they look at shapes, arguments and layouts.
 """
 
@@ -95,7 +97,8 @@ def contraction(
 ) -> Result:
     """Rule of a product of operands whose dims carry factor labels (None: never split).
 
-    A split label must be split alike in every operand that has it. A label missing from ``out`` is summed: its split gives a partial sum.
+    A split label must be split alike in every operand that has it. A label missing from ``out`` is summed: its split
+    gives a partial sum.
     A product is linear in each operand, so one partial operand beside replicated ones gives a partial result.
     """
     label: str | None = None

@@ -10,19 +10,27 @@ from .base import Operation, Result, rule
 
 # Linear in their one tensor: scaling, casting between floats, dropping out, copying.
 LINEAR_UNARY = (
-    "neg", "clone", "contiguous", "dropout", "alpha_dropout", "feature_dropout", "detach", "positive", "native_dropout", "conj", "real",
+    "neg", "clone", "contiguous", "dropout", "alpha_dropout", "feature_dropout", "detach", "positive",
+    "native_dropout", "conj", "real",
 )  # fmt: skip
 CASTS = ("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double")
 
 # Nonlinear, one value in, one value out (the second operand of a binary one broadcasts).
 NONLINEAR = (
-    "relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "abs", "sin", "cos", "tan", "erf",
-    "softplus", "elu", "selu", "celu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "mish", "relu6", "logsigmoid", "log_sigmoid",
-    "pow", "clamp", "clamp_min", "clamp_max", "clip", "round", "floor", "ceil", "sign", "trunc", "square", "atan", "sinh", "cosh", "log2",
-    "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not",
-    "bitwise_xor", "__and__", "__or__", "__xor__", "__invert__", "isnan", "isinf", "isfinite", "maximum", "minimum", "fmod", "remainder",
-    "floor_divide", "nan_to_num", "atan2", "prelu_scalar", "bitwise_left_shift", "bitwise_right_shift", "threshold", "softsign", "softshrink",
-    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "lerp", "hypot", "sinc", "xlogy",
+    "relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal",
+    "abs", "sin", "cos", "tan", "erf",
+    "softplus", "elu", "selu", "celu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "mish", "relu6",
+    "logsigmoid", "log_sigmoid",
+    "pow", "clamp", "clamp_min", "clamp_max", "clip", "round", "floor", "ceil", "sign", "trunc", "square", "atan",
+    "sinh", "cosh", "log2",
+    "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and",
+    "bitwise_or", "bitwise_not",
+    "bitwise_xor", "__and__", "__or__", "__xor__", "__invert__", "isnan", "isinf", "isfinite", "maximum",
+    "minimum", "fmod", "remainder",
+    "floor_divide", "nan_to_num", "atan2", "prelu_scalar", "bitwise_left_shift", "bitwise_right_shift",
+    "threshold", "softsign", "softshrink",
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "lerp", "hypot",
+    "sinc", "xlogy",
 )  # fmt: skip
 
 # Linear in all tensors taken together: partial only if all of them are.
@@ -41,7 +49,7 @@ def shards(op: Operation, out_rank: int, out_shape: tuple[int, ...]) -> Result:
         match op.placement(tensor):
             case Shard(d, found):
                 at = d + out_rank - len(op.shape(tensor))
-                if dim is not None and (at, found) != (dim, layout):
+                if dim is not None and (at != dim or found != layout):
                     return None
                 dim, layout = at, found
             case Partial():
@@ -104,9 +112,7 @@ def each(op: Operation) -> Result:
     if partials:
         shard = any(isinstance(op.placement(t), Shard) for t in op.tensors)
         return (
-            PARTIAL
-            if partials == 1 and not shard and len(set(t.index for t in op.tensors)) == len(op.tensors)
-            else None
+            PARTIAL if partials == 1 and not shard and len({t.index for t in op.tensors}) == len(op.tensors) else None
         )
     return _shards(op)
 

@@ -166,7 +166,8 @@ def attention(op: Operation) -> Result:
 
 @rule("embedding")
 def embedding(op: Operation) -> Result:
-    """Rows split: ids outside the slice give zeros, the result is partial (vocab). Columns split: the result's last dim is."""
+    """Rows split: ids outside the slice give zeros, the result is partial (vocab). Columns split: the result's last
+    dim is."""
     weight, ids = op.argument(0), op.argument(1)
     match op.placement(weight), op.placement(ids):
         case Shard(0), Replicate():

@@ -12,7 +12,8 @@ MAX_REPEATS = 64
 
 
 def view_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """Factors a view into groups of old and new dims of equal product; None where there is no elementwise order (never for views)."""
+    """Factors a view into groups of old and new dims of equal product; None where there is no elementwise order
+    (never for views)."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
