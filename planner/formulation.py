@@ -38,6 +38,8 @@ GATHER_PENALTY_PS = 1 << 38
 legal."""
 RETURNED = Move("identity", "lift")
 """What happens to a returned value whose gradient is partial."""
+MAX_OPERANDS = 5
+"""Most distinct operands of an operator that is tabulated in full."""
 _NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
 
 
@@ -248,8 +250,26 @@ class _Builder:
 
         return self.pricing.weighed(Cost(0, backward_ps))
 
+    def _wide_operator(self, node: Node) -> None:
+        """An operator with many operands stays replicated: its gradient is whole or partial, as its operands' are."""
+        operands = reads(node)
+        domain: Domain = (WHOLE, PARTIAL_GRAD) if node.differentiable else (WHOLE,)
+        if node.outputs:
+            domain = tuple((p,) * len(node.outputs) for p in domain if not isinstance(p, tuple))
+        variable = self._new(domain)
+        self.out.variable[node.index] = variable
+        self.out.settings.append(Setting(False, (False,) * len(operands)))
+        self.out.slices.append([[] for _ in operands])
+        for index in operands:
+            value, stored = self.graph.nodes[index], self.out.domain(index)
+            table = [[_passes(value, s, m) for m in domain] for s in stored]
+            self.factors.append(Factor((self.out.variable[index], variable), np.array(table, dtype=np.int64)))
+
     def _operator(self, node: Node) -> None:
         operands = reads(node)
+        if len(operands) > MAX_OPERANDS:
+            self._wide_operator(node)
+            return
         settings, all_slices = self.out.settings, self.out.slices
         domains = [self.out.domain(i) for i in operands]
         ids = tuple(map(self._id, domains))
@@ -309,6 +329,8 @@ class _Builder:
             )
             whole_result = not node.outputs and node.op not in _NO_RESULT and node.index not in self.graph.whole
             movable = editable and whole_result and node.index == self.call_nodes[node.call][-1]
+        if self.pricing.ranks == 1:
+            return Setting(False, (False,) * len(operands), editable)
         convertible = tuple(self._convertible(node, i, editable) for i in operands)
         never = self.options.replicate == "never"
         gather = GATHER_PENALTY_PS if never and self.block_of(node.module) else 0
@@ -442,6 +464,13 @@ class _Builder:
             if block:
                 members[block].append(flag)
         return tuple(tuple(dict.fromkeys(group)) for group in members.values() if group)
+
+
+def _passes(value: Node, stored: Stored, made: Stored) -> int:
+    """0 if an operand stored so agrees with a replicated result made so."""
+    single = made[0] if isinstance(made, tuple) else made
+    fine = isinstance(stored, Replicate) and (not value.differentiable or stored == single)
+    return 0 if fine else INFEASIBLE
 
 
 def _given(edit: ParameterEdit) -> Domain:

@@ -120,6 +120,7 @@ class Graph:
         calls: Recorded API calls.
         outputs: The model's output values.
         output_paths: Where they are in what the model returns, keys and positions joined by dots.
+        parameters: All parameter names, in the model's order.
         ties: Alias fqn -> the fqn whose parameter object it shares.
         blocks: In execution order.
         whole: Nodes that share memory with a tensor changed in place; they stay replicated and unmoved.
@@ -131,6 +132,7 @@ class Graph:
     calls: list[Call] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     output_paths: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
     ties: dict[str, str] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     whole: set[int] = field(default_factory=set)

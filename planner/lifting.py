@@ -87,6 +87,7 @@ class _Lifting:
     def _unread_parameters(self) -> None:
         """Parameters that no traced operator reads are leaves all the same: they have to be stored somehow."""
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            self.graph.parameters.append(name)
             if name not in self.leaf_index:
                 self._leaf("parameter", name, tuple(parameter.shape), parameter.dtype)
 

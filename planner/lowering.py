@@ -61,7 +61,7 @@ class Lowered:
     """Everything the rewriter does.
 
     Attributes:
-        parameters: Every parameter's layout, in graph order.
+        parameters: Every parameter's layout, in the model's order.
         calls: Edits per site, in graph order.
         inputs: Model inputs whose gradient is partial on each rank.
         outputs: Paths of returned values whose gradient is partial.
@@ -108,11 +108,11 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
         out.compute += choice.compute
         out.communication += choice.communication
     _merge(formulation, edits, out)
-    for node in graph.nodes:
-        if node.op == "parameter":
-            out.parameters.append(_parameter(node, out.stored[node.index], node.index in lifted))
-        elif node.op == "input" and node.differentiable:
-            out.inputs.append(node.fqn)
+    leaves = {node.fqn: node for node in graph.nodes if node.op == "parameter"}
+    for name in graph.parameters:
+        index = leaves[name].index
+        out.parameters.append(_parameter(leaves[name], out.stored[index], index in lifted))
+    out.inputs = [node.fqn for node in graph.nodes if node.op == "input" and node.differentiable]
     partial = zip(graph.output_paths, graph.outputs, strict=True)
     out.outputs = [path for path, index in partial if out.stored[index] == PARTIAL_GRAD]
     out.collectives = _collectives(formulation, out, workload)

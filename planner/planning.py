@@ -82,34 +82,29 @@ def plan(
         ) from error
 
 
-def replan(model: nn.Module, example_inputs: Inputs, edited: Plan) -> Plan:
-    """Re-checks and re-prices a plan with its layouts and moves as they are.
+def replan(model: nn.Module, example_inputs: Inputs, edited: Plan, hardware: Hardware | None = None) -> Plan:
+    """Re-checks and re-prices a plan with its layouts and moves as they are; ``hardware``: the plan's own if None.
 
     Raises:
         Infeasible: The plan is not exact for this model: some operator would not compute its slice, or a gradient
             would be lost.
     """
-    return replan_graph(trace(model, example_inputs), edited)
-
-
-def replan_graph(graph: Graph, edited: Plan) -> Plan:
-    """See `replan`."""
-    formulation, solution, lowered = recheck(graph, edited)
+    profile = hardware or load_hardware(edited.hardware)
+    formulation, solution, lowered = recheck(trace(model, example_inputs), edited, profile)
     (workload,) = edited.workloads
     options = Options(replicate=edited.options["replicate"], pin=edited.options["pin"], editable=can_edit)
-    profile = load_hardware(edited.hardware)
     return _plan(formulation, solution, lowered, edited.name, profile, workload, options, edited.options["memory_gb"])
 
 
-def recheck(graph: Graph, edited: Plan) -> tuple[Formulation, Solution, Lowered]:
-    """Solves with every layout and every move fixed to the plan's: feasible means exact.
+def recheck(graph: Graph, edited: Plan, hardware: Hardware) -> tuple[Formulation, Solution, Lowered]:
+    """Solves with every layout and every move fixed to the plan's: feasible means exact, whatever the prices.
 
     Raises:
         Infeasible: Names the parameters or calls that disagree.
     """
     (workload,) = edited.workloads
     phase: Phase = workload.phase  # type: ignore[assignment]
-    pricing = Pricing(load_hardware(edited.hardware), edited.tp, phase, workload.context)
+    pricing = Pricing(hardware, edited.tp, phase, workload.context)
     parameters = {p.edit.fqn: p.edit for p in edited.parameters}
     missing = sorted({n.fqn for n in graph.nodes if n.op == "parameter"} ^ set(parameters))
     if missing:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from colrow.cost_models.errors import Infeasible, ValidationError
+from colrow.cost_models.hardware import Hardware, hardware_names, load_hardware
 from colrow.planner.edits import OperatorEdit
 from colrow.planner.formulation import Formulation
 from colrow.planner.graph import Graph, Node, Ref
@@ -54,12 +55,27 @@ def validate(dense: nn.Module, edited: nn.Module, plan: Plan) -> None:
         inputs = example_of(workload)
         planned = trace(dense, inputs)
         try:
-            formulation, _, lowered = recheck(planned, plan)
+            formulation, _, lowered = recheck(planned, plan, _profile(plan))
         except Infeasible as error:
-            raise ValidationError(plan.name, f"the plan is not exact for this model ({error})") from error
+            differing = [
+                f"{fact} {now} instead of {plan.assumptions[fact]}"
+                for fact, now in planned.assumptions.items()
+                if fact in plan.assumptions and plan.assumptions[fact] != now
+            ]
+            raise ValidationError(
+                plan.name,
+                f"the plan is not exact for this model ({error})",
+                got=", ".join(differing) or None,
+                remedy="Plan this model as it is now.",
+            ) from error
         with markers.switched_on():
             local = trace(edited, inputs)
         _Comparison(formulation, lowered, local).run()
+
+
+def _profile(plan: Plan) -> Hardware:
+    """The plan's hardware, or where that was a file of the user's, any: prices do not decide what is exact."""
+    return load_hardware(plan.hardware if plan.hardware in hardware_names() else hardware_names()[0])
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -33,8 +33,40 @@ def source_of(name: str, phase: str = "train", labels: bool = False, dtype: str 
     config, model_class = default_config(name), None
     if name == "whisper":  # the head class of its type is the decoder alone
         from transformers import WhisperForConditionalGeneration as model_class
+
+        config.max_source_positions = 2 * SEQ  # for 1500 the decoder is small beside the encoder
     if name == "mixtral":
         config.output_router_logits = True
     return source_from_config(
         config, model_class=model_class, phase=phase, batch=BATCH, seq=SEQ, dtype=dtype, small=True, labels=labels
     )
+
+# Sizes that do not divide: fields of a Llama with 12 heads of 4 on a hidden size of 48, and the number of ranks.
+AWKWARD = {
+    "biases everywhere": ({"attention_bias": True, "mlp_bias": True}, 2),
+    "tied head": ({"tie_word_embeddings": True}, 2),
+    "vocab 50257, tied, on 4": ({"vocab_size": 50257, "tie_word_embeddings": True}, 4),
+    "vocab 97 on 3": ({"vocab_size": 97}, 3),
+    "2 kv heads on 4": ({"num_key_value_heads": 2}, 4),
+    "6 heads on 4": ({"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}, 4),
+    "6 q heads on 2 kv heads on 4": ({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}, 4),
+    "12 heads on 5": ({}, 5),
+    "100 intermediate on 3": ({"intermediate_size": 100}, 3),
+}
+
+
+def awkward_source(fields: dict[str, object]) -> Source:
+    """That Llama."""
+    from transformers import LlamaConfig
+
+    usual = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "head_dim": 4,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+    }
+    return source_from_config(LlamaConfig(**usual | fields), phase="train", batch=BATCH, seq=SEQ, dtype="fp64")

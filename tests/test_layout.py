@@ -146,13 +146,13 @@ def test_even_is_what_dtensor_carries_and_segments_are_not() -> None:
 
 
 def test_copies_are_seen() -> None:
-    assert owned_units(2, 4, ((0,), (0,), (1,), (1,))).is_replicated
-    assert owned_units(2, 4, ((0, 0), (1, 1))).is_replicated
+    assert owned_units(8, 4, ((0,), (0,), (1,), (1,))).is_replicated
+    assert owned_units(8, 4, ((0, 0), (1, 1))).is_replicated
     assert not owned_units(8, 2, ((3, 1), (0, 2))).is_replicated
 
 
 def test_neighbouring_intervals_are_one_so_that_equal_maps_compare_equal() -> None:
-    assert owned_units(4, 2, ((0, 1), (2, 3))) == even(8, 2)
+    assert owned_units(8, 2, ((0, 1), (2, 3))) == even(8, 2)
 
 
 def test_a_unit_must_divide() -> None:
