@@ -41,6 +41,7 @@ def source_of(name: str, phase: str = "train", labels: bool = False, dtype: str 
         config, model_class=model_class, phase=phase, batch=BATCH, seq=SEQ, dtype=dtype, small=True, labels=labels
     )
 
+
 # Sizes that do not divide: fields of a Llama with 12 heads of 4 on a hidden size of 48, and the number of ranks.
 AWKWARD = {
     "biases everywhere": ({"attention_bias": True, "mlp_bias": True}, 2),
