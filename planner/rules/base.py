@@ -120,4 +120,6 @@ def contraction(
     for tensor, labels in operands:
         if label in labels and not isinstance(op.placement(tensor), Shard):
             return None
-    return Shard(list(out).index(label), layout) if label in out else PARTIAL
+    if label in out:
+        return Shard(list(out).index(label), layout)
+    return None if layout.is_replicated else PARTIAL  # a sum would count copies twice

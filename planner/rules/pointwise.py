@@ -9,10 +9,7 @@ from ..placement import PARTIAL, WHOLE, Partial, Shard
 from .base import Operation, Result, rule
 
 # Linear in their one tensor: scaling, casting between floats, dropping out, copying.
-LINEAR_UNARY = (
-    "neg", "clone", "contiguous", "dropout", "alpha_dropout", "feature_dropout", "detach", "positive",
-    "native_dropout", "conj", "real",
-)  # fmt: skip
+LINEAR_UNARY = ("neg", "clone", "contiguous", "dropout", "detach", "positive", "conj", "real")
 CASTS = ("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double")
 
 # Nonlinear, one value in, one value out (the second operand of a binary one broadcasts).
@@ -29,7 +26,7 @@ NONLINEAR = (
     "minimum", "fmod", "remainder",
     "floor_divide", "nan_to_num", "atan2", "prelu_scalar", "bitwise_left_shift", "bitwise_right_shift",
     "threshold", "softsign", "softshrink",
-    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli", "lerp", "hypot",
+    "zeros_like", "ones_like", "full_like", "empty_like", "lerp", "hypot",
     "sinc", "xlogy",
 )  # fmt: skip
 

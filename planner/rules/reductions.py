@@ -8,10 +8,11 @@ from ..placement import PARTIAL, WHOLE, Partial, Replicate, Shard
 from .base import Operation, Result, all_whole, rule, wrapped
 
 
-def _reduced(op: Operation, dims: Iterable[int] | int | None, keepdim: bool) -> tuple[set[int], bool]:
+def _reduced(op: Operation, dims: Iterable[int] | int | None) -> tuple[set[int], bool]:
+    """The dims reduced, and whether they are kept (where ``keepdim`` stands differs between overloads)."""
     rank = len(op.shape(op.argument(0)))
     listed = range(rank) if dims is None else [dims] if isinstance(dims, int) else list(dims) or range(rank)
-    return {wrapped(d, rank) for d in listed}, keepdim
+    return {wrapped(d, rank) for d in listed}, len(op.node.shape) == rank
 
 
 def _reduce(op: Operation, gone: set[int], keepdim: bool, over_split: Result, partial: Result) -> Result:
@@ -31,7 +32,7 @@ def _reduce(op: Operation, gone: set[int], keepdim: bool, over_split: Result, pa
 @rule("sum", "mean")
 def linear_reduction(op: Operation) -> Result:
     """A sum over a split dim is partial; so is a mean, each rank dividing by the global length."""
-    gone, keepdim = _reduced(op, op.argument(1, "dim"), op.argument(2, "keepdim", False))
+    gone, keepdim = _reduced(op, op.argument(1, "dim"))
     return _reduce(op, gone, keepdim, PARTIAL, PARTIAL)
 
 
@@ -54,9 +55,11 @@ def other_reduction(op: Operation) -> Result:
     """Only dims that are not reduced may be split."""
     position = 2 if op.node.op in ("norm", "linalg_vector_norm") else 1
     dims = op.argument(position, "dim")
+    if isinstance(dims, bool):  # var(x, unbiased)
+        dims = None
     if not (dims is None or isinstance(dims, (int, list, tuple))):
         return WHOLE if all_whole(op) else None
-    gone, keepdim = _reduced(op, dims, bool(op.argument(position + 1, "keepdim", False)))
+    gone, keepdim = _reduced(op, dims)
     return _reduce(op, gone, keepdim, None, None)
 
 
@@ -89,7 +92,9 @@ def several(op: Operation) -> Result:
     dim = op.argument(2 if op.node.op == "topk" else 1, "dim", -1)
     match op.placement(x):
         case Shard(d, layout):
-            return None if d == wrapped(dim, len(op.shape(x))) else (Shard(d, layout),) * len(op.node.outputs)
+            at = wrapped(dim, len(op.shape(x)))
+            kept = d - (d > at and len(op.node.shape) < len(op.shape(x)))
+            return None if d == at else (Shard(kept, layout),) * len(op.node.outputs)
         case Replicate():
             return (WHOLE,) * len(op.node.outputs)
     return None

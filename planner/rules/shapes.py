@@ -62,18 +62,14 @@ def viewed(old: tuple[int, ...], new: tuple[int, ...], dim: int, layout: Layout)
     return None
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "_reshape_copy", "reshape_as", "view_as", "ravel")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "reshape_as", "view_as", "ravel")
 def view(op: Operation) -> Result:
     """A split dim may be merged with trailing unsplit ones, or split with itself in front."""
     placement = op.placement(op.argument(0))
-    if len(op.tensors) > 1 and not isinstance(op.placement(op.tensors[1]), Replicate):
-        return None
-    match placement:
-        case Shard(dim, layout):
-            found = viewed(op.shape(op.argument(0)), op.node.shape, dim, layout)
-            return Shard(*found) if found else None
-        case _:
-            return placement
+    if isinstance(placement, Shard):
+        found = viewed(op.shape(op.argument(0)), op.node.shape, placement.dim, placement.layout)
+        return _shaped_as(op, Shard(*found) if found else None)
+    return _shaped_as(op, placement)
 
 
 @rule("transpose", "swapaxes", "swapdims")
@@ -136,9 +132,7 @@ def squeeze(op: Operation) -> Result:
 def expand(op: Operation) -> Result:
     """Dims of length 1 become longer; the others stay."""
     extra = len(op.node.shape) - len(op.shape(op.argument(0)))
-    if len(op.tensors) > 1 and not isinstance(op.placement(op.tensors[1]), Replicate):
-        return None
-    return _moved(op, lambda d: d + extra)
+    return _shaped_as(op, _moved(op, lambda d: d + extra))
 
 
 @rule("repeat", "tile")
@@ -227,12 +221,11 @@ def slice_(op: Operation) -> Result:
 
 @rule("narrow")
 def narrow(op: Operation) -> Result:
-    """A slice given by start and length."""
-    x, dim, start, length = (op.argument(i) for i in range(4))
+    """A slice given by start and length, of an unsplit dim: a length is not made local."""
+    x, dim = op.argument(0), op.argument(1)
     match op.placement(x):
-        case Shard(d, layout) if d == wrapped(dim, len(op.shape(x))):
-            part = layout.sliced(start, start + length)
-            return Shard(d, part) if part else None
+        case Shard(d) if d == wrapped(dim, len(op.shape(x))):
+            return None
         case placement:
             return placement
 
@@ -285,6 +278,14 @@ def getitem(op: Operation) -> Result:
 def _bounds(start: int | None, stop: int | None, length: int) -> tuple[int, int]:
     first, last, _ = slice(start, stop).indices(length)
     return first, last
+
+
+def _shaped_as(op: Operation, made: Result) -> Result:
+    """``made``, where the tensor that gives the shape (if one does) has the local shape that this needs."""
+    if len(op.tensors) < 2:
+        return made
+    given = op.placement(op.tensors[1])
+    return made if given == made or (isinstance(given, Replicate) and not isinstance(made, Shard)) else None
 
 
 def _moved(op: Operation, dim_of: object) -> Result:
