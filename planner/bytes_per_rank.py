@@ -24,7 +24,8 @@ def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Store
 
     def of(node: Node, stored: Stored) -> MemoryBytes:
         if node.op in ("parameter", "buffer"):
-            count = _held(node, stored)
+            copies = isinstance(stored, Shard) and stored.layout.is_replicated  # stored whole, sliced when read
+            count = numel(node.shape) if copies else _held(node, stored)
             itemsize = node.dtype.itemsize
             if phase == "train" and node.differentiable:
                 trained = training_bytes(count, itemsize)

@@ -7,6 +7,7 @@ call that made it, and a call is an expression in somebody's source.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ TAG = "colrow_call"
 _MODULE_CALL = nn.Module._call_impl.__code__
 _TORCH = torch.__path__[0]
 _LAYERS = f"{_TORCH}/nn/modules/"
+_MODULES = f"{_LAYERS}module.py"
 _OWN = (__file__, folding.__file__)
 
 
@@ -62,6 +64,14 @@ class Measured(int):
         return self._combined("__floordiv__", other)
 
 
+class Shape(tuple[Measured, ...]):
+    """A tensor's shape that keeps its lengths measured (``torch.Size`` would make them plain)."""
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return Measured(math.prod(self))
+
+
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _SIZE = torch.Tensor.size
 
@@ -92,12 +102,12 @@ class CallRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` with its tag in the tracer's current metadata."""
-        if func is _SHAPE or func is _SIZE:
+        if func is _SIZE or func == _SHAPE:
             lengths = func(*args, **(kwargs or {}))
             origin = _made_by(args[0], _tracer())
             if isinstance(lengths, int):
                 return Measured.read(lengths, origin, args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0))
-            return torch.Size([Measured.read(n, origin, dim) for dim, n in enumerate(lengths)])
+            return Shape(Measured.read(n, origin, dim) for dim, n in enumerate(lengths))
         module, frames = _caller()
         self.calls.append(RawCall(module, frames, func, _leaves(args, kwargs or {})))
         meta = torch.fx.traceback.current_meta
@@ -153,7 +163,7 @@ def _caller() -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:
             return frame.f_locals["self"], tuple(reversed(chain))
         file = code.co_filename
         internal = file.startswith(_TORCH) and not file.startswith(_LAYERS)
-        if file not in _OWN and (chain or not internal):
+        if file not in _OWN and file != _MODULES and (chain or not internal):
             chain.append((code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return None, ()

@@ -16,6 +16,7 @@ from itertools import chain, islice, product
 from typing import Any
 
 from .graph import LEAVES, Graph, Node, Ref
+from .head_groups import shared_heads
 from .layout import Layout, balanced, joined
 from .placement import WHOLE, Shard
 from .roles import canonical
@@ -127,6 +128,8 @@ def _spread(found: Candidates, node: Node, users: list[list[int]]) -> None:
         _spread_pieces(found, node.index, wrapped(_argument(node, 1, "dim", 0), len(node.shape)), _cat_pieces(node))
     elif node.op == "scaled_dot_product_attention":
         _spread_groups(found, node)
+    elif node.op == "repeat_heads":
+        _spread_repeats(found, node)
     for dim, pieces in _slices(found.graph, node, users).items():
         _spread_pieces(found, node.index, dim, pieces)
 
@@ -170,6 +173,20 @@ def _spread_pieces(found: Candidates, whole: int, dim: int, pieces: list[tuple[i
             start += length
 
 
+def _spread_repeats(found: Candidates, node: Node) -> None:
+    """Heads and their repeats: cut between groups, or copies shared by the ranks of a group."""
+    source, dim, times = node.operands[0], node.arguments[1], node.arguments[2]
+    for layout in found.get(source, dim):
+        found.add(node.index, dim, layout.scaled(times))
+    for layout in found.get(node.index, dim):
+        found.add(source, dim, layout.divided(times) or shared_heads(layout, times))
+    for d in range(len(node.shape)):
+        if d != dim:
+            for a, b in ((source, node.index), (node.index, source)):
+                for layout in found.get(a, d):
+                    found.add(b, d, layout)
+
+
 def _spread_groups(found: Candidates, node: Node) -> None:
     """Grouped queries: each key head serves several query heads."""
     nodes = found.graph.nodes
@@ -182,7 +199,7 @@ def _spread_groups(found: Candidates, node: Node) -> None:
         for layout in found.get(index, dim):
             found.add(q, dim, layout.scaled(groups))
         for layout in found.get(q, dim):
-            found.add(index, dim, layout.divided(groups))
+            found.add(index, dim, layout.divided(groups) or shared_heads(layout, groups))
 
 
 def _links(graph: Graph, node: Node) -> Iterator[tuple[DimKey, DimKey]]:
@@ -231,7 +248,13 @@ def _links(graph: Graph, node: Node) -> Iterator[tuple[DimKey, DimKey]]:
             for d in range(len(node.shape)):
                 if d != dim:
                     yield (index, d), (node.index, d)
-    elif node.op in RULES and node.op not in _VIEWS and node.op not in LEAVES and not node.outputs:
+    elif (
+        node.op in RULES
+        and node.op not in _VIEWS
+        and node.op != "repeat_heads"
+        and node.op not in LEAVES
+        and not node.outputs
+    ):
         yield from _traced_links(graph, node)
 
 

@@ -186,20 +186,20 @@ class _Builder:
         self.out.variable[node.index] = variable
         if penalty:
             self.out.penalised.add(variable)
-        partial = PARTIAL_GRAD in domain
+        partial = any(map(_is_summed, domain))
         flag = self._flag(self.block_of(node.fqn)) if partial else -1
         cost = self._beta(node.nbytes) if partial else 0
         if penalty or cost:
             price = ("parameter", penalty, cost, self._id(domain))
             if price not in self.unary:
-                column = [penalty * isinstance(s, Replicate) + cost * (s == PARTIAL_GRAD) for s in domain]
+                column = [penalty * isinstance(s, Replicate) + cost * _is_summed(s) for s in domain]
                 self.unary[price] = np.array(column, dtype=np.int64)
             self.factors.append(Factor((variable,), self.unary[price]))
         if partial:
             key = ("flag", self._id(domain))
             if key not in self.unary:
                 table = np.zeros((len(domain), 2), dtype=np.int64)
-                table[[i for i, s in enumerate(domain) if s == PARTIAL_GRAD], 0] = INFEASIBLE
+                table[[i for i, s in enumerate(domain) if _is_summed(s)], 0] = INFEASIBLE
                 self.unary[key] = table
             self.factors.append(Factor((variable, flag), self.unary[key]))
 
@@ -347,6 +347,10 @@ class _Builder:
 
     def _births(self, node: Node, editable: bool) -> tuple[Shard, ...]:
         """Broadcast dims may be made in parts."""
+        if node.op == "repeat_heads" and editable:
+            inner = self.graph.calls[node.inner_call].site.frames if node.inner_call >= 0 else ()
+            fine = inner and (self.options.fixed_calls is not None or self.options.editable(inner) is None)
+            return tuple(s for s in self.found.of(node) if s.dim == node.arguments[1]) if fine else ()
         if node.op != "expand" or not editable:
             return ()
         shape = self.graph.nodes[node.operands[0]].shape
@@ -471,6 +475,11 @@ def _passes(value: Node, stored: Stored, made: Stored) -> int:
     single = made[0] if isinstance(made, tuple) else made
     fine = isinstance(stored, Replicate) and (not value.differentiable or stored == single)
     return 0 if fine else INFEASIBLE
+
+
+def _is_summed(stored: Stored) -> bool:
+    """Whether a parameter stored so needs its gradient summed over ranks."""
+    return stored == PARTIAL_GRAD or (isinstance(stored, Shard) and stored.layout.is_replicated)
 
 
 def _given(edit: ParameterEdit) -> Domain:

@@ -15,11 +15,11 @@ import torch
 
 from .sites import Site
 
-LEAVES = frozenset({"parameter", "buffer", "input", "constant"})
+LEAVES = frozenset({"parameter", "buffer", "input", "constant", "fused"})
 VIEWS = frozenset({
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "mT", "unsqueeze",
     "squeeze", "expand", "slice", "select",
-    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow", "movedim", "swapaxes",
+    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow", "repeat_heads", "movedim", "swapaxes",
     "expand_as", "view_as",
 })  # fmt: skip
 
@@ -66,6 +66,7 @@ class Node:
         differentiable: A gradient may flow into it.
         overload: Overload name.
         template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced.
+        inner_call: A second call of an operator that several calls make up.
         operands: Indices of the values it reads, in argument order, repeats kept.
     """
 
@@ -82,6 +83,7 @@ class Node:
     differentiable: bool = False
     overload: str = ""
     template: int = -1
+    inner_call: int = -1
     operands: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from .blocks import block_paths
 from .call_record import TAG, Measured, RawCall
 from .folding import Folding
 from .graph import LEAVES, VIEWS, Block, Call, Graph, Node, Ref, mapped
+from .head_groups import fuse_repeats
 from .rules.base import wrapped
 from .sites import Site, frame_of
 
@@ -81,6 +82,7 @@ class _Lifting:
                 returned = pytree.tree_leaves(node.args[0], is_leaf=_is_fx)
                 self.graph.outputs = [cast(Ref, self.value[leaf]).index for leaf in returned]
         self._unread_parameters()
+        fuse_repeats(self.graph)
         _record_blocks(self.graph, self.block_starts, self.templates)
         return self.graph
 

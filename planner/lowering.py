@@ -8,6 +8,7 @@ from typing import Literal
 from .edits import CallEdit, ParameterEdit
 from .formulation import Formulation
 from .graph import Node, numel
+from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged
 from .moves import COMMUNICATES
 from .placement import PARTIAL_GRAD, Partial, Placement, Replicate, Shard
@@ -105,6 +106,8 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
         edit = _edit(formulation, out, node, choice)
         if edit is not None and node.call >= 0:
             edits.setdefault(graph.calls[node.call].site, []).append((node.call, edit))
+        if node.op == "repeat_heads":
+            _edit_repeat(formulation, node, choice, edits)
         out.compute += choice.compute
         out.communication += choice.communication
     _merge(formulation, edits, out)
@@ -149,6 +152,21 @@ def _edit(formulation: Formulation, out: Lowered, node: Node, choice: Choice) ->
         read = measured_sizes(node, call, choice.made, lambda index: out.stored[index])
         parts += [read] if read is not None else []
     return merged(parts) if parts else None
+
+
+def _edit_repeat(
+    formulation: Formulation, node: Node, choice: Choice, edits: dict[Site, list[tuple[int, CallEdit]]]
+) -> None:
+    length = node.shape[node.arguments[1]] // node.arguments[2]
+    keys = held_keys(choice.operands[0].effective, length, formulation.pricing.ranks)
+    if keys is None or node.call < 0 or node.inner_call < 0 or isinstance(choice.made, tuple):
+        return
+    calls = formulation.graph.calls
+    both = repeat_edits(node, calls[node.call], calls[node.inner_call], keys, choice.made)
+    assert not isinstance(both, str), both
+    for index, edit in zip((node.call, node.inner_call), both or (), strict=False):
+        if edit != CallEdit():
+            edits.setdefault(calls[index].site, []).append((index, edit))
 
 
 def _merge(formulation: Formulation, edits: dict[Site, list[tuple[int, CallEdit]]], out: Lowered) -> None:

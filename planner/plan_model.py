@@ -57,6 +57,12 @@ class PlannedParameter:
     is_weight: bool
 
     @property
+    def is_whole(self) -> bool:
+        """Every rank stores all of it."""
+        layout = self.edit.layout
+        return layout is None or layout.is_replicated or layout.local >= layout.size
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """Its shape on every rank, padding included."""
         if self.edit.dim is None or self.edit.layout is None:
@@ -146,7 +152,7 @@ class Plan:
         """Share of matmul, embedding and expert bytes that no rank holds whole."""
         weights = [p for p in self.parameters if p.is_weight and p.edit.fqn not in self.ties]
         total = sum(numel(p.shape) for p in weights)
-        split = sum(numel(p.shape) for p in weights if numel(p.local_shape) < numel(p.shape))
+        split = sum(numel(p.shape) for p in weights if not p.is_whole)
         return split / total if total else 1.0
 
     @property

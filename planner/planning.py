@@ -24,6 +24,7 @@ from .plan_model import Plan, PlannedCost, PlannedParameter, Workload
 from .pricing import Cost, Phase, Pricing
 from .roles import SMALL_SHARE, label_of
 from .rules import RULES
+from .rules.products import FACTORS
 from .solver import solve
 from .strategies import is_leaf
 from .trace import Inputs, trace
@@ -303,7 +304,12 @@ def _reaches_output(graph: Graph, readers: tuple[int, ...]) -> bool:
     users = graph.users()
     for reader in readers:
         index, steps = reader, 0
-        while index not in outputs and len(users[index]) == 1 and steps < 8:
+        while (
+            index not in outputs
+            and len(users[index]) == 1
+            and steps < 8
+            and graph.nodes[users[index][0]].op not in FACTORS
+        ):
             index, steps = users[index][0], steps + 1
         if index in outputs:
             return True

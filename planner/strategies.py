@@ -23,6 +23,7 @@ import numpy as np
 
 from .factor_graph import INFEASIBLE, Table
 from .graph import LEAVES, Graph, Node
+from .head_groups import held_keys, serves
 from .local_operators import local_form
 from .moves import Move, move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replicate, Shard
@@ -153,11 +154,22 @@ def choices(
         values = [nodes[i] for i in operands]
         for made in _with_gradients(node, base, combination, values):
             yield combination, made, compute, changes
-        if base == WHOLE:
-            for born in setting.births:
-                if not isinstance(local_form(node, call, placed, born), str):
-                    for made in _with_gradients(node, born, combination, values):
-                        yield combination, made, compute, changes
+        for born in setting.births:
+            if _may_be_born(node, placed, base, born) and not isinstance(local_form(node, call, placed, born), str):
+                for made in _with_gradients(node, born, combination, values):
+                    yield combination, made, compute, changes
+
+
+def _may_be_born(node: Node, placed: dict[int, Stored], base: Stored, born: Shard) -> bool:
+    """Whether each rank may make its part of ``born`` from what it holds."""
+    if node.op == "expand":
+        return base == WHOLE
+    keys = placed[node.operands[0]]
+    _, dim, times = node.arguments
+    held = held_keys(keys, node.shape[dim] // times, born.layout.ranks)
+    if held is None or base == born or born.dim != dim or (isinstance(keys, Shard) and keys.dim != dim):
+        return False
+    return serves(held, born.layout, times)
 
 
 def apply_rule(graph: Graph, node: Node, placed: dict[int, Stored]) -> Stored | None:

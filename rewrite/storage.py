@@ -114,7 +114,7 @@ def parameter(block: Tensor, spec: ParameterSpec, mesh: DeviceMesh, requires_gra
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Yield ``(fqn, module, name, parameter)`` for every name of every parameter, ties included."""
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for name, value in module._parameters.items():
             if value is not None:
                 yield f"{path}.{name}" if path else name, module, name, value

@@ -216,7 +216,7 @@ class _Comparison:
         split = {i: p for i, p in placed.items() if isinstance(p, Shard)}
         if node.op == "slice":
             return self._same_slice(node, found, operands, split)
-        ignore = node.op in _SIZES or (node.op.startswith("split") and bool(split))
+        ignore = node.op in _SIZES or node.op == "repeat_heads" or (node.op.startswith("split") and bool(split))
         if self.graph.nodes[node.operands[0]].outputs if node.operands else False:
             ignore = False
 
