@@ -153,6 +153,12 @@ def _made_by(tensor: torch.Tensor, tracer: Any) -> Any:
     return slot.proxy.node if slot is not None else None
 
 
+def _itself(module: nn.Module) -> nn.Module:
+    """The module behind the stand-in through which make_fx shows modules that have several names."""
+    base = getattr(type(module), "get_base", None)
+    return module if base is None else base(module)
+
+
 def _caller() -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:
     """The calling module and the frames between its forward and the API call, torch's own plumbing left out."""
     frame = sys._getframe(2)
@@ -160,7 +166,7 @@ def _caller() -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:
     while frame is not None:
         code = frame.f_code
         if code is _MODULE_CALL:
-            return frame.f_locals["self"], tuple(reversed(chain))
+            return _itself(frame.f_locals["self"]), tuple(reversed(chain))
         file = code.co_filename
         internal = file.startswith(_TORCH) and not file.startswith(_LAYERS)
         if file not in _OWN and file != _MODULES and (chain or not internal):

@@ -28,7 +28,7 @@ from .local_operators import leaves_of
 from .moves import Move
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from .pricing import Pricing
-from .roles import SMALL_SHARE, BlockOf, Weight, canonical, crossing, hidden_bytes, label_of, outer_blocks, weights
+from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, label_of, outer_blocks, weights
 from .sites import Frame, Site
 from .strategies import Choices, Domain, Fixed, Setting, Stored, is_leaf, reads, slice_options, tabulate
 
@@ -176,7 +176,7 @@ class _Builder:
             self.out.reasons[node.index] = "pinned"
         elif weight is not None and splits:
             domain = (*splits, *wholes)
-            if self.options.replicate == "never" and weight.share >= SMALL_SHARE:
+            if self.options.replicate == "never" and not weight.may_stay_whole:
                 penalty = REPLICATION_PENALTY_PS
         else:
             domain = (*wholes, *splits)

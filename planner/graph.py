@@ -19,8 +19,8 @@ LEAVES = frozenset({"parameter", "buffer", "input", "constant", "fused"})
 VIEWS = frozenset({
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "mT", "unsqueeze",
     "squeeze", "expand", "slice", "select",
-    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow", "repeat_heads", "movedim", "swapaxes",
-    "expand_as", "view_as",
+    "split", "split_with_sizes", "chunk", "unbind", "getitem", "alias", "detach", "narrow",
+    "repeat_heads", "movedim", "swapaxes", "expand_as", "view_as",
 })  # fmt: skip
 
 

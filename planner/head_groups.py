@@ -1,7 +1,9 @@
 """Repeated key and value heads: several query heads share one.
 
-Code repeats them as ``unsqueeze -> expand -> reshape``. Here the three become one operator, ``repeat_heads``, so that a rank that holds some of
-a group's query heads may hold that group's key head whole and repeat it less often: with fewer key heads than ranks, ranks share copies.
+Code repeats them as ``unsqueeze -> expand -> reshape``. Here the three become one operator, ``repeat_heads``, so
+that a rank that holds some of
+a group's query heads may hold that group's key head whole and repeat it less often: with fewer key heads than ranks,
+ranks share copies.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ FUSED = "fused"
 
 
 def fuse_repeats(graph: Graph) -> None:
-    """Rewrites every repeat of heads in ``graph`` as one node at the place of its reshape; the others read nothing any more."""
+    """Rewrites every repeat of heads in ``graph`` as one node at the place of its reshape; the others read nothing
+    any more."""
     users = graph.users()
     for node in graph.nodes:
         if node.op not in ("reshape", "view") or not node.operands:
@@ -95,7 +98,8 @@ def _needed(queries: list[int | None], times: int, repeats: int) -> list[int] | 
 
 
 def serves(keys: Layout, queries: Layout, times: int) -> bool:
-    """Whether repeating each local key head ``queries.local / keys.local`` times lines up with the local query heads."""
+    """Whether repeating each local key head ``queries.local / keys.local`` times lines up with the local query
+    heads."""
     if keys.local == 0 or queries.local % keys.local or keys.size * times != queries.size:
         return False
     repeats = queries.local // keys.local

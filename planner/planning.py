@@ -22,7 +22,7 @@ from .lowering import Lowered, SiteConflict, lower
 from .placement import Shard
 from .plan_model import Plan, PlannedCost, PlannedParameter, Workload
 from .pricing import Cost, Phase, Pricing
-from .roles import SMALL_SHARE, label_of
+from .roles import Weight, label_of
 from .rules import RULES
 from .rules.products import FACTORS
 from .solver import solve
@@ -236,7 +236,7 @@ def _parameters(
             PlannedParameter(edit, word, node.shape, str(node.dtype).removeprefix("torch."), weight is not None)
         )
         if weight is not None and word == "replicated" and edit.fqn not in graph.ties:
-            unsplit.append((edit.fqn, node.nbytes, _reason(formulation, node.index, weight.share)))
+            unsplit.append((edit.fqn, node.nbytes, _reason(formulation, node.index, weight)))
     return tuple(planned), tuple(unsplit)
 
 
@@ -316,13 +316,14 @@ def _reaches_output(graph: Graph, readers: tuple[int, ...]) -> bool:
     return False
 
 
-def _reason(formulation: Formulation, index: int, share: float) -> str:
+def _reason(formulation: Formulation, index: int, weight: Weight) -> str:
     if index in formulation.reasons:
         return formulation.reasons[index]
     if formulation.variable[index] in formulation.penalised:
         return "no legal split of it exists in this model at this size"
-    if share < SMALL_SHARE:
-        return f"{share:.2%} of its block's matmul bytes; splitting it would cost more than it saves"
+    if weight.may_stay_whole:
+        kind = "a low-rank input, " if weight.is_low_rank_input else ""
+        return f"{kind}{weight.share:.2%} of its block's matmul bytes; splitting it would cost more than it saves"
     return "replicated is faster (replicate=auto)"
 
 

@@ -14,6 +14,8 @@ from .rules.products import FACTORS
 SMALL_SHARE = 0.01
 """Weights under this share of their block's matmul bytes may stay replicated (DESIGN section 3, "the space")."""
 
+LOW_RANK_SHARE = 0.1
+"""Likewise for the down projection of a low-rank pair: splitting it takes a reduction of its own."""
 _THROUGH = VIEWS | {"to", "contiguous", "clone", "index", "type_as"}
 
 
@@ -26,12 +28,19 @@ class Weight:
         readers: The products and embeddings that read it, views in between left out.
         block: Path of its outermost block; "" outside blocks.
         share: Its share of that block's matmul bytes.
+        is_low_rank_input: It projects down to less than half its input, for another product of the block to project up.
     """
 
     index: int
     readers: tuple[int, ...]
     block: str
     share: float
+    is_low_rank_input: bool = False
+
+    @property
+    def may_stay_whole(self) -> bool:
+        """Whether it may stay replicated although it could be split."""
+        return self.share < (LOW_RANK_SHARE if self.is_low_rank_input else SMALL_SHARE)
 
 
 def canonical(graph: Graph) -> dict[int, int]:
@@ -107,10 +116,40 @@ def weights(graph: Graph) -> dict[int, Weight]:
             total.get(block_of(graph.nodes[index].fqn), 0) + graph.nodes[index].nbytes
         )
     return {
-        index: Weight(index, tuple(dict.fromkeys(found)), block, graph.nodes[index].nbytes / max(1, total[block]))
+        index: Weight(
+            index,
+            tuple(dict.fromkeys(found)),
+            block,
+            graph.nodes[index].nbytes / max(1, total[block]),
+            bool(block) and all(_projects_down(graph, reader, users) for reader in found),
+        )
         for index, found in readers.items()
         for block in [block_of(graph.nodes[index].fqn)]
     }
+
+
+def _projects_down(graph: Graph, product: int, users: list[list[int]]) -> bool:
+    """Whether a product's result is less than half as wide as its input and only other products' operands take it
+    up."""
+    node = graph.nodes[product]
+    if node.op not in ("linear", "addmm"):
+        return False
+    source = graph.nodes[node.operands[0] if node.op == "linear" else node.operands[1]]
+    width = node.shape[-1]
+    if 2 * width >= source.shape[-1]:
+        return False
+    frontier, seen, products = [product], {product}, 0
+    while frontier and len(seen) < 64:
+        for reader in users[frontier.pop()]:
+            other = graph.nodes[reader]
+            if reader in seen:
+                continue
+            seen.add(reader)
+            if other.op in ("linear", "addmm"):
+                products += other.shape[-1] > width
+            elif other.op not in FACTORS and other.shape[-1:] and other.shape[-1] <= width:
+                frontier.append(reader)
+    return products > 0
 
 
 def _products(graph: Graph, weight: Node, users: list[list[int]]) -> list[int]:

@@ -118,7 +118,14 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    """Every slot of every module once: a module of several names must not be swapped twice, nor restored wrongly."""
+    return [
+        (f"{path}.{name}" if path else name, value)
+        for slots in ("_parameters", "_buffers")
+        for path, module in model.named_modules()
+        for name, value in getattr(module, slots).items()
+        if value is not None
+    ]
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +26,7 @@ from .agreement import together
 from .bodies import edit_module
 from .checkpoint import check_checkpoint, load_checkpoint
 from .clones import Replacement
-from .collectives import apply_move
+from .collectives import all_reduce, apply_move
 from .groups import TpGroup, group_of, tp_mesh
 from .ranks import agree
 from .regions import install_regions
@@ -54,6 +55,7 @@ def parallelize(
     axis, group = tp_mesh(mesh), group_of(mesh)
     _agree(plan, group)
     together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
+    _same_random_state(group)
     stored = store(model, [spec_of(p.edit) for p in plan.parameters], axis)
     if checkpoint is not None:
         load_checkpoint(model, stored, checkpoint, axis)
@@ -81,6 +83,15 @@ def _agree(plan: Plan, group: TpGroup) -> None:
             need=plan.tp,
             remedy=f"Plan with tp={group.size}, or start {plan.tp} ranks.",
         )
+
+
+def _same_random_state(group: TpGroup) -> None:
+    """All ranks go on from the first one's random state: what is drawn outside split regions must be the same
+    everywhere."""
+    state = torch.get_rng_state()
+    mine = state if group.rank == 0 else torch.zeros_like(state)
+    device = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
+    torch.set_rng_state(all_reduce(mine.to(torch.int32).to(device), group).to("cpu", torch.uint8))
 
 
 def _check(model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None) -> None:

@@ -261,8 +261,11 @@ def install_regions(
     block_set = set(blocks)
     regions: dict[str, dict[int, Reader]] = {}
     modules = dict(model.named_modules())
+    first_path = {id(module): path for path, module in modules.items()}
     for fqn, owner, name, value in owners(model):
-        path = fqn.rpartition(".")[0]
+        path = first_path[id(owner)]
+        if fqn.rpartition(".")[0] != path:
+            continue  # a module of several names is read under its first
         block = path
         while block and block not in block_set:
             block = block.rpartition(".")[0]

@@ -13,21 +13,6 @@ from colrow.rewrite.verification import verify
 ALL = {**BLOCK_COUNTS, **OWN_BLOCK_COUNTS}
 
 
-# What does not work yet, each with what is missing; a test that passes after all fails, so that this list shrinks.
-MISSING = {
-    "mixtral": "router logits are recorded by hooks, whose frames the edits of a forward do not know",
-    "two_towers": "a call through a shared submodule is attributed to the wrong forward",
-}
-MISSING_COUNTS = MISSING | {"deepseek_v3": "a third forward reduction, of the low-rank projections"}
-
-
-def cases(missing):
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=missing[name])) if name in missing else name
-        for name in ALL
-    ]
-
-
 @cache
 def verified(name, tp, phase="train", labels=False):
     source = source_of(name, phase, labels)
@@ -41,7 +26,7 @@ def importable(monkeypatch, root):
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])
-@pytest.mark.parametrize("name", cases(MISSING))
+@pytest.mark.parametrize("name", ALL)
 def test_right(name, tp):
     made, report = verified(name, tp)
     assert report.ok(), report.explain()
@@ -49,7 +34,7 @@ def test_right(name, tp):
     assert made.sharded_fraction >= 0.9, made.unsplit  # what is not split proves nothing
 
 
-@pytest.mark.parametrize("name", cases(MISSING_COUNTS))
+@pytest.mark.parametrize("name", ALL)
 def test_counts(name):
     made, report = verified(name, 2, "prefill")
     assert report.ok(), report.explain()
