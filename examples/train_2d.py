@@ -73,7 +73,8 @@ def two_d(p: Plan, seed: int) -> tuple[nn.Module, AdamW, Any]:
 
 
 def on_rank(p: Plan, folder: str) -> list[float]:
-    """One rank: train half of the steps, save, load into a fresh model, train the rest. Losses over all of the batch."""
+    """One rank: train half of the steps, save, load into a fresh model, train the rest. Losses over all of the
+    batch."""
     model, optimizer, dp = two_d(p, seed=0)
     rank, rows = dp.get_local_rank(), BATCH // DP
     mine = slice(rank * rows, (rank + 1) * rows)
@@ -111,7 +112,11 @@ def main() -> None:
         continued = ranks[: STEPS // 2] + dense_continued(str(Path(folder) / "step"))
     print("step   dense     2 x 2 ranks   the ranks' checkpoint, dense")
     for step, losses in enumerate(zip(dense, ranks, continued, strict=True)):
-        print(f"{step}      {losses[0]:.6f}  {losses[1]:.6f}      {losses[2]:.6f}{'   <- reloaded' * (step == STEPS // 2)}")
+        print(
+            f"{step}      {losses[0]:.6f}  {losses[1]:.6f}      {losses[2]:.6f}{
+                '   <- reloaded' * (step == STEPS // 2)
+            }"
+        )
     for found in (ranks, continued):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(dense), rtol=TOLERANCE, atol=0)
     print("the losses are the dense run's, before and after the checkpoint")

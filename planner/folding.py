@@ -6,7 +6,7 @@ those that equal the child's position in the list. While the first of them runs,
 object that refuses every
 use: if the run succeeds, what was traced cannot depend on it. A later block's call must then agree with the first
 one's in argument structure,
-tensor shapes and non-tensor values; otherwise it is traced itself.
+tensor shapes and non-tensor values, and no hook may look into the block; otherwise it is traced itself.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class Folding:
         def run(*args: Any, **kwargs: Any) -> Any:
             if fqn in self._seen:
                 raise RuntimeError("a folded block is called twice")
+            if any(m._forward_hooks or m._forward_pre_hooks for m in self.model.get_submodule(fqn).modules()):
+                raise RuntimeError("hooks look into a folded block")
             leaves, spec = pytree.tree_flatten((args, kwargs))
             key = self._new_key(FoldCall(fqn, fqn))
             args, kwargs = pytree.tree_unflatten(_marked(leaves, key, "enter"), spec)

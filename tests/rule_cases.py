@@ -246,6 +246,10 @@ CASES: dict[str, list[Case]] = {
     "repeat": [case(r(4, 6), [1, 2]), case(r(6), [2, 1])],
     "tile": [case(r(4, 6), [2]), case(r(4, 6), [2, 1, 1])],
     "repeat_interleave": [case(r(4, 6), 2, 1), case(r(4, 6), 3, dim=0), case(r(4, 6), 2)],
+    "repeat_heads": [
+        Case((r(2, 4, 3), 1, 2), function=lambda x, dim, times: x.repeat_interleave(times, dim)),
+        Case((r(2, 2, 3), 1, 3), function=lambda x, dim, times: x.repeat_interleave(times, dim)),
+    ],
     "cat": [case([r(4, 6), r(4, 2)], -1), case([r(4, 6), r(4, 6)]), case([r(4, 6), r(4, 6), r(4, 6)], 1)],
     "concat": [case([r(4, 6), r(4, 2)], -1)],
     "concatenate": [case([r(4, 6), r(4, 2)], -1)],

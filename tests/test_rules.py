@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from rule_cases import CASES, NOT_RUN, Case
 from torch import Tensor
 
+import colrow.planner.head_groups  # noqa: F401  # registers a rule of its own
 from colrow.planner.call_record import flat
 from colrow.planner.edits import CallEdit
 from colrow.planner.graph import Call, Node, Ref
