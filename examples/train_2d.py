@@ -112,11 +112,8 @@ def main() -> None:
         continued = ranks[: STEPS // 2] + dense_continued(str(Path(folder) / "step"))
     print("step   dense     2 x 2 ranks   the ranks' checkpoint, dense")
     for step, losses in enumerate(zip(dense, ranks, continued, strict=True)):
-        print(
-            f"{step}      {losses[0]:.6f}  {losses[1]:.6f}      {losses[2]:.6f}{
-                '   <- reloaded' * (step == STEPS // 2)
-            }"
-        )
+        mark = "   <- reloaded" if step == STEPS // 2 else ""
+        print(f"{step}      {losses[0]:.6f}  {losses[1]:.6f}      {losses[2]:.6f}{mark}")
     for found in (ranks, continued):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(dense), rtol=TOLERANCE, atol=0)
     print("the losses are the dense run's, before and after the checkpoint")
