@@ -14,23 +14,22 @@ time outweighs, so it does so only if no legal split exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 
 from .candidates import Candidates, candidates
-from .edits import CallEdit, ParameterEdit
+from .edits import ParameterEdit
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
-from .graph import VIEWS, Graph, Node, Ref
-from .local_operators import leaves_of
+from .graph import Graph, Node, Ref
 from .moves import Move
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from .pricing import Pricing
 from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, label_of, outer_blocks, weights
-from .sites import Frame, Site
-from .strategies import Choices, Domain, Fixed, Setting, Stored, is_leaf, reads, slice_options, tabulate
+from .site_settings import Options, Settings
+from .strategies import Choices, Domain, Setting, Stored, is_leaf, reads, slice_options, tabulate
 
 REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38
@@ -40,7 +39,6 @@ RETURNED = Move("identity", "lift")
 """What happens to a returned value whose gradient is partial."""
 MAX_OPERANDS = 5
 """Most distinct operands of an operator that is tabulated in full."""
-_NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
 
 
 @dataclass
@@ -76,29 +74,6 @@ class Formulation:
         return self.domains[self.variable[index]]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for.
-
-    Attributes:
-        replicate: ``never`` or ``auto`` (pure time).
-        pin: fnmatch pattern of a parameter or module path -> placement word.
-        memory_cap: Bytes per rank for what the memory factors count.
-        editable: Reason why a call site cannot be edited; None if it can.
-        frozen: Sites (module, frames) that must not be edited.
-        fixed_calls: The only moves allowed, by site; None where all are open.
-        fixed_parameters: The only layouts allowed, by parameter.
-    """
-
-    replicate: str = "never"
-    pin: Mapping[str, str] = field(default_factory=dict)
-    memory_cap: int | None = None
-    editable: Callable[[tuple[Frame, ...]], str | None] = lambda frames: None
-    frozen: frozenset[object] = frozenset()
-    fixed_calls: Mapping[Site, CallEdit] | None = None
-    fixed_parameters: Mapping[str, ParameterEdit] | None = None
-
-
 def formulate(
     graph: Graph, pricing: Pricing, options: Options, memory: Callable[[Node, Stored], int] | None = None
 ) -> Formulation:
@@ -112,7 +87,6 @@ class _Builder:
 
     def __init__(self, graph: Graph, pricing: Pricing, options: Options) -> None:
         self.graph, self.pricing, self.options = graph, pricing, options
-        self.users = graph.users()
         self.same = canonical(graph)
         self.weights = weights(graph)
         self.found: Candidates = candidates(graph, pricing.ranks)
@@ -123,10 +97,7 @@ class _Builder:
         self.unary: dict[object, Table] = {}
         self.factors: list[Factor] = []
         self.out = Formulation(graph, pricing, [-1] * len(graph.nodes), [], [], [], self.weights, set(), {})
-        self.call_nodes: dict[int, list[int]] = {}
-        for node in graph.nodes:
-            if node.call >= 0:
-                self.call_nodes.setdefault(node.call, []).append(node.index)
+        self.settings = Settings(graph, options, pricing.ranks, self.found, self.same, self.weights, GATHER_PENALTY_PS)
         self.shared_sites = _shared_sites(graph)
 
     def run(self, memory: Callable[[Node, Stored], int] | None) -> Formulation:
@@ -275,7 +246,7 @@ class _Builder:
         ids = tuple(map(self._id, domains))
         copied = self.tables.get((node.template, ids)) if self._is_alike(node) else None
         if copied is None:
-            setting = self._setting(node, operands)
+            setting = self.settings.of(node, operands)
             slices = slice_options(self.graph, node, domains) if any(setting.convertible) else [[] for _ in operands]
             copied = setting, slices, self._tabulated(node, operands, domains, ids, setting, slices)
             self.tables[(node.template, ids)] = copied
@@ -316,75 +287,6 @@ class _Builder:
         if key not in self.memo:
             self.memo[key] = tabulate(self.graph, node, domains, setting, self.pricing, slices)
         return self.memo[key]
-
-    def _setting(self, node: Node, operands: tuple[int, ...]) -> Setting:
-        movable, editable = False, False
-        if node.call >= 0:
-            call = self.graph.calls[node.call]
-            site = (call.site.module, call.site.frames)
-            editable = (
-                bool(call.site.frames)
-                and site not in self.options.frozen
-                and self.options.editable(call.site.frames) is None
-            )
-            whole_result = not node.outputs and node.op not in _NO_RESULT and node.index not in self.graph.whole
-            movable = editable and whole_result and node.index == self.call_nodes[node.call][-1]
-        if self.pricing.ranks == 1:
-            return Setting(False, (False,) * len(operands), editable)
-        convertible = tuple(self._convertible(node, i, editable) for i in operands)
-        never = self.options.replicate == "never"
-        gather = GATHER_PENALTY_PS if never and self.block_of(node.module) else 0
-        fixed = self._fixed(node, operands, movable, editable)
-        return Setting(
-            movable,
-            convertible,
-            editable,
-            gather,
-            GATHER_PENALTY_PS // 2 if never else 0,
-            self._births(node, editable),
-            fixed,
-        )
-
-    def _births(self, node: Node, editable: bool) -> tuple[Shard, ...]:
-        """Broadcast dims may be made in parts."""
-        if node.op == "repeat_heads" and editable:
-            inner = self.graph.calls[node.inner_call].site.frames if node.inner_call >= 0 else ()
-            fine = inner and (self.options.fixed_calls is not None or self.options.editable(inner) is None)
-            return tuple(s for s in self.found.of(node) if s.dim == node.arguments[1]) if fine else ()
-        if node.op != "expand" or not editable:
-            return ()
-        shape = self.graph.nodes[node.operands[0]].shape
-        offset = len(node.shape) - len(shape)
-        born = [d for d, n in enumerate(node.shape) if n > 1 and (d < offset or shape[d - offset] == 1)]
-        return tuple(s for s in self.found.of(node) if s.dim in born)
-
-    def _fixed(self, node: Node, operands: tuple[int, ...], movable: bool, editable: bool) -> Fixed | None:
-        """The moves a given plan makes at this operator."""
-        calls, parameters = self.options.fixed_calls, self.options.fixed_parameters
-        if calls is None or parameters is None:
-            return None
-        call = self.graph.calls[node.call] if editable else None
-        edit = calls.get(call.site, CallEdit()) if call is not None else CallEdit()
-        moves: list[Move | None] = []
-        for index in operands:
-            value = self.graph.nodes[index]
-            if value.op == "parameter":
-                lifted = parameters[value.fqn].lifted
-                moves.append(Move("lift", "identity") if lifted else None)
-            else:
-                leaves = leaves_of(call, index) if call is not None else []
-                moves.append(next((step for leaf, step in edit.arguments if leaf in leaves), None))
-        return tuple(moves), edit.result if movable else None
-
-    def _convertible(self, node: Node, operand: int, editable: bool) -> bool:
-        value = self.graph.nodes[operand]
-        if value.op == "parameter":
-            return len(self.users[operand]) == 1 and self.same[operand] == operand and operand not in self.weights
-        if not editable or node.op in VIEWS:
-            return False
-        call = self.graph.calls[node.call]
-        inside = [n for n in self.call_nodes[node.call] if operand in self.graph.nodes[n].operands]
-        return inside == [node.index] and Ref(operand) in call.leaves
 
     def _id(self, domain: Domain) -> int:
         return self.domain_ids.setdefault(domain, len(self.domain_ids))

@@ -11,11 +11,12 @@ from .graph import Node, numel
 from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged
 from .moves import COMMUNICATES
-from .placement import PARTIAL_GRAD, Partial, Placement, Replicate, Shard
+from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
 from .pricing import Cost
 from .roles import BlockOf, crossing, hidden_bytes
+from .rules.pointwise import JOINT
 from .sites import Site
-from .strategies import Choice, Stored, best_choice, is_leaf, reads
+from .strategies import Choice, Stored, apply_rule, best_choice, is_leaf, reads
 
 Category = Literal["block", "statistic", "parameter_gradient", "embedding", "head", "loss"]
 
@@ -301,23 +302,22 @@ def _from_embedding(formulation: Formulation, node: Node) -> bool:
 
 
 def _forced_by(formulation: Formulation, out: Lowered, node: Node, users: list[list[int]]) -> str:
-    """The first reader that could not have read the value as it was made."""
-    graph, choice = formulation.graph, out.choices[node.index]
-    for reader in users[node.index]:
-        other = graph.nodes[reader]
-        placed: dict[int, Stored] = {
-            i: c.effective for i, c in zip(reads(other), out.choices[reader].operands, strict=True)
-        }
-        placed[node.index] = _plain(choice.made)
-        from .strategies import apply_rule
-
-        if apply_rule(graph, other, placed) is None:
-            return _named(other)
-    return _named(graph.nodes[users[node.index][0]]) if users[node.index] else "the model's output"
-
-
-def _plain(stored: Stored) -> Placement | tuple[Placement, ...]:
-    return Partial() if isinstance(stored, Partial) else stored
+    """The operator that needs the move: for a partial sum the first that is not linear in it, else the first reader."""
+    graph, made = formulation.graph, out.choices[node.index].made
+    frontier, seen = [node.index], {node.index}
+    while frontier:
+        value = frontier.pop(0)
+        for reader in users[value]:
+            other = graph.nodes[reader]
+            if reader in seen:
+                continue
+            seen.add(reader)
+            joins = other.op in JOINT
+            placed: dict[int, Stored] = {i: PARTIAL if i == value or joins else WHOLE for i in reads(other)}
+            if not isinstance(made, Partial) or apply_rule(graph, other, placed) != PARTIAL:
+                return _named(other)
+            frontier.append(reader)
+    return "the model's output"
 
 
 def _named(node: Node) -> str:

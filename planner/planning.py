@@ -16,7 +16,7 @@ from colrow.cost_models.hardware import Hardware, load_hardware
 from .bytes_per_rank import memory_of, total_of, workspace_bytes
 from .expressions import can_edit
 from .factor_graph import Solution, evaluate
-from .formulation import Formulation, Options, formulate
+from .formulation import Formulation, formulate
 from .graph import Graph
 from .lowering import Lowered, SiteConflict, lower
 from .placement import Shard

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from colrow.cost_models.errors import UsageError
+from colrow.planner.edits import ParameterEdit
 from colrow.planner.layout import Layout
 
 from .slices import canonical, is_plain, local_part, local_parts
@@ -36,22 +37,8 @@ Encoding = Literal["whole", "even", "reordered"]
 
 
 @dataclass(frozen=True)
-class ParameterSpec:
-    """How one parameter is split, stored and read.
-
-    Attributes:
-        fqn: Its path in the model; one of them if it is tied.
-        dim: The split dim, counted from 0; None: replicated.
-        layout: Of that dim.
-        partial_grad: Each rank's gradient is a partial sum, to be all-reduced (replicated parameters of split regions).
-        lifted: It joins a partial sum: rank 0 reads it, the others read zeros.
-    """
-
-    fqn: str
-    dim: int | None = None
-    layout: Layout | None = None
-    partial_grad: bool = False
-    lifted: bool = False
+class ParameterSpec(ParameterEdit):
+    """How one parameter is split and read (`ParameterEdit`), and what that means for how it is stored."""
 
     @property
     def split(self) -> tuple[int, Layout] | None:

@@ -1,0 +1,135 @@
+"""Where edits may go: what each operator's call allows, what the user fixed, which broadcasts may be made in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .candidates import Candidates
+from .edits import CallEdit, ParameterEdit
+from .graph import VIEWS, Graph, Node, Ref
+from .local_operators import leaves_of
+from .moves import Move, move
+from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Shard
+from .roles import BlockOf, Weight
+from .sites import Frame, Site
+from .strategies import Fixed, Setting
+
+_NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        replicate: ``never`` or ``auto`` (pure time).
+        pin: fnmatch pattern of a parameter or module path -> placement word.
+        memory_cap: Bytes per rank for what the memory factors count.
+        editable: Reason why a call site cannot be edited; None if it can.
+        frozen: Sites (module, frames) that must not be edited.
+        fixed_calls: The only moves allowed, by site; None where all are open.
+        fixed_parameters: The only layouts allowed, by parameter.
+    """
+
+    replicate: str = "never"
+    pin: Mapping[str, str] = field(default_factory=dict)
+    memory_cap: int | None = None
+    editable: Callable[[tuple[Frame, ...]], str | None] = lambda frames: None
+    frozen: frozenset[object] = frozenset()
+    fixed_calls: Mapping[Site, CallEdit] | None = None
+    fixed_parameters: Mapping[str, ParameterEdit] | None = None
+
+
+class Settings:
+    """The setting of every operator of one graph."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        options: Options,
+        ranks: int,
+        found: Candidates,
+        same: dict[int, int],
+        weights: dict[int, Weight],
+        gather_ps: int,
+    ) -> None:
+        self.graph, self.options, self.ranks, self.found = graph, options, ranks, found
+        self.same, self.weights, self.gather_ps = same, weights, gather_ps
+        self.users, self.block_of = graph.users(), BlockOf(graph)
+        self.call_nodes: dict[int, list[int]] = {}
+        for node in graph.nodes:
+            if node.call >= 0:
+                self.call_nodes.setdefault(node.call, []).append(node.index)
+
+    def of(self, node: Node, operands: tuple[int, ...]) -> Setting:
+        """What the graph and the user allow at ``node``."""
+        movable, editable = False, False
+        if node.call >= 0:
+            call = self.graph.calls[node.call]
+            site = (call.site.module, call.site.frames)
+            editable = (
+                bool(call.site.frames)
+                and site not in self.options.frozen
+                and self.options.editable(call.site.frames) is None
+            )
+            whole_result = not node.outputs and node.op not in _NO_RESULT and node.index not in self.graph.whole
+            movable = editable and whole_result and node.index == self.call_nodes[node.call][-1]
+        if self.ranks == 1:
+            return Setting(False, (False,) * len(operands), editable)
+        convertible = tuple(self._convertible(node, i, editable) for i in operands)
+        never = self.options.replicate == "never"
+        gather = self.gather_ps if never and self.block_of(node.module) else 0
+        fixed = self._fixed(node, operands, movable, editable)
+        return Setting(
+            movable,
+            convertible,
+            editable,
+            gather,
+            self.gather_ps // 2 if never else 0,
+            self._births(node, editable),
+            fixed,
+        )
+
+    def _births(self, node: Node, editable: bool) -> tuple[Shard, ...]:
+        """Broadcast dims may be made in parts."""
+        if node.op == "repeat_heads" and editable:
+            inner = self.graph.calls[node.inner_call].site.frames if node.inner_call >= 0 else ()
+            fine = inner and (self.options.fixed_calls is not None or self.options.editable(inner) is None)
+            return tuple(s for s in self.found.of(node) if s.dim == node.arguments[1]) if fine else ()
+        if node.op != "expand" or not editable:
+            return ()
+        shape = self.graph.nodes[node.operands[0]].shape
+        offset = len(node.shape) - len(shape)
+        born = [d for d, n in enumerate(node.shape) if n > 1 and (d < offset or shape[d - offset] == 1)]
+        return tuple(s for s in self.found.of(node) if s.dim in born)
+
+    def _fixed(self, node: Node, operands: tuple[int, ...], movable: bool, editable: bool) -> Fixed | None:
+        """The moves a given plan makes at this operator."""
+        calls, parameters = self.options.fixed_calls, self.options.fixed_parameters
+        if calls is None or parameters is None:
+            return None
+        call = self.graph.calls[node.call] if editable else None
+        edit = calls.get(call.site, CallEdit()) if call is not None else CallEdit()
+        moves: list[Move | None] = []
+        for index in operands:
+            value = self.graph.nodes[index]
+            if value.op == "parameter":
+                lifted = parameters[value.fqn].lifted
+                moves.append(
+                    move(PARTIAL_GRAD if parameters[value.fqn].partial_grad else WHOLE, PARTIAL) if lifted else None
+                )
+            else:
+                leaves = leaves_of(call, index) if call is not None else []
+                moves.append(next((step for leaf, step in edit.arguments if leaf in leaves), None))
+        return tuple(moves), edit.result if movable else None
+
+    def _convertible(self, node: Node, operand: int, editable: bool) -> bool:
+        value = self.graph.nodes[operand]
+        if value.op == "parameter":
+            return len(self.users[operand]) == 1 and self.same[operand] == operand and operand not in self.weights
+        if not editable or node.op in VIEWS:
+            return False
+        call = self.graph.calls[node.call]
+        inside = [n for n in self.call_nodes[node.call] if operand in self.graph.nodes[n].operands]
+        return inside == [node.index] and Ref(operand) in call.leaves
