@@ -95,8 +95,8 @@ def test_the_same_input_gives_the_same_bytes_in_every_process() -> None:
 NAMES = {
     "Norm": "Zebra", "Attention": "Aardvark", "Mlp": "Lemur", "Block": "Ibex", "Decoder": "Yak",
     "gate": "zz", "up": "head", "down": "q_proj", "first": "row", "second": "column", "attention": "mlp2",
-    "mlp": "attn9", "embed": "lm_head", "head": "wte", "norm": "dropout1", "blocks": "a_list", "q": "out", "k": "gate_up", "v": "fc",
-    "o": "aa", "weight": "gamma", "index": "number",
+    "mlp": "attn9", "embed": "lm_head", "head": "wte", "norm": "dropout1", "blocks": "a_list",
+    "q": "out", "k": "gate_up", "v": "fc", "o": "aa", "weight": "gamma", "index": "number",
 }  # fmt: skip
 
 
