@@ -25,6 +25,7 @@ from .pricing import Cost, Phase, Pricing
 from .roles import Weight, label_of
 from .rules import RULES
 from .rules.products import FACTORS
+from .site_settings import Options
 from .solver import solve
 from .strategies import is_leaf
 from .trace import Inputs, trace
