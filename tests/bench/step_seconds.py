@@ -126,14 +126,20 @@ def _slice(whole: Any, like: Tensor) -> Tensor:
     return whole.detach()
 
 
-def on_rank(size: Size, planned: Plan) -> dict[str, Any]:
-    """One rank: check both rewrites, then time them in turns. CPU seconds per step, medians."""
+def rewrites_of(planned: Plan) -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """The two that are compared."""
+    return {"colrow": lambda model: parallelize(model, planned), "by hand": split_by_hand}
+
+
+def check_on_rank(size: Size, planned: Plan) -> dict[str, float]:
+    """One rank: the largest error of each rewrite."""
+    return {name: largest_error(rewrite, size) for name, rewrite in rewrites_of(planned).items()}
+
+
+def on_rank(size: Size, planned: Plan) -> dict[str, float]:
+    """One rank: time both rewrites in turns. CPU seconds per step, medians."""
     torch.set_num_threads(1)
-    rewrites: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "colrow": lambda model: parallelize(model, planned),
-        "by hand": split_by_hand,
-    }
-    errors = {name: largest_error(rewrite, size) for name, rewrite in rewrites.items()}
+    rewrites = rewrites_of(planned)
     rewrites["control"] = split_by_hand  # a second one of the same kind: how far apart equal work is measured
     models = {name: rewrite(build(size)) for name, rewrite in rewrites.items()}
     shapes = [{n: tuple(_local(p).shape) for n, p in model.named_parameters()} for model in models.values()]
@@ -168,8 +174,7 @@ def on_rank(size: Size, planned: Plan) -> dict[str, Any]:
                     step(name)
                 if turn >= 2:
                     seconds[kind, name].append((time.process_time() - begin) / size.steps)
-    medians = {f"{kind}/{name}": statistics.median(values) for (kind, name), values in seconds.items()}
-    return {"errors": errors, "seconds": medians}
+    return {f"{kind}/{name}": statistics.median(values) for (kind, name), values in seconds.items()}
 
 
 def measure(size: Size) -> dict[str, Any]:
@@ -179,12 +184,13 @@ def measure(size: Size) -> dict[str, Any]:
         AssertionError: One of the rewrites is not right, or they split differently.
     """
     planned = make_plan(size)
-    found = run_ranks(on_rank, RANKS, "gloo", (size, planned))
-    errors = {name: max(rank["errors"][name] for rank in found) for name in found[0]["errors"]}
+    checked = run_ranks(check_on_rank, RANKS, "gloo", (size, planned))
+    errors = {name: max(rank[name] for rank in checked) for name in checked[0]}
     wrong = {name: error for name, error in errors.items() if not error <= FLOAT32_TOLERANCE}
     if wrong:
         raise AssertionError(f"not right, so not timed: {wrong}")
-    seconds = {key: statistics.mean(rank["seconds"][key] for rank in found) for key in found[0]["seconds"]}
+    timed = run_ranks(on_rank, RANKS, "gloo", (size, planned))  # new processes: what was freed costs nothing here
+    seconds = {key: statistics.mean(rank[key] for rank in timed) for key in timed[0]}
     return {"errors": errors, "seconds": seconds}
 
 
