@@ -20,6 +20,8 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from colrow.cost_models.errors import Infeasible
+
 from .candidates import Candidates, candidates
 from .edits import ParameterEdit
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
@@ -262,7 +264,7 @@ class _Builder:
         if table.any():
             self.factors.append(Factor((*variables, variable), table))
         elif not made.domain:
-            raise AssertionError(f"{node.op} of {node.module} has no placement")
+            raise Infeasible(node.module or "model", f"{node.op} has no placement that its operands allow")
 
     def _is_alike(self, node: Node) -> bool:
         """Whether a copy's setting is its template's: nothing is frozen or fixed site by site."""

@@ -90,6 +90,11 @@ class Layout:
         return any(sum(b - a for a, b in rank) < segment.local for segment in self.segments for rank in segment.owned)
 
     @property
+    def is_partition(self) -> bool:
+        """Every element is held once, and nothing else is: sums over local parts add up."""
+        return not self.is_padded and not self.is_replicated
+
+    @property
     def is_replicated(self) -> bool:
         """Some interval is held by several ranks, or by one rank several times."""
         owned = sum(b - a for segment in self.segments for rank in segment.owned for a, b in rank)

@@ -56,11 +56,11 @@ def local_form(
             return _replaced(call, OperatorEdit("vocab_embedding", 0, first.layout))
         case "mean" if isinstance(first, Shard) and not isinstance(made, Shard):
             return _replaced(call, OperatorEdit("mean_of_shard", first.dim, first.layout))
-        case "sum" | "any" | "all" if (
-            isinstance(first, Shard) and not isinstance(made, Shard) and first.layout.is_replicated
-        ):
-            return "a sum over a dim that several ranks hold"
+        case "sum" if isinstance(first, Shard) and not isinstance(made, Shard) and not first.layout.is_partition:
+            return "a sum over padding, or over copies that several ranks hold"
         case "dropout" if isinstance(first, Shard) and float(node.arguments[1]) > 0:
+            return _replaced(call, OperatorEdit("rank_random"))
+        case "scaled_dot_product_attention" if isinstance(first, Shard) and _dropout_of(node) > 0:
             return _replaced(call, OperatorEdit("rank_random"))
         case "split" | "split_with_sizes" | "chunk" | "tensor_split" if isinstance(first, Shard) and isinstance(
             made, tuple
@@ -189,6 +189,10 @@ def _sliced(node: Node, call: Call | None, source: Shard) -> CallEdit | str | No
         if not isinstance(value, Measured):
             edits.append((leaf, int(value), local if value >= 0 else local - source.layout.local))
     return CallEdit(integers=tuple(edits)) if edits else None
+
+
+def _dropout_of(attention: Node) -> float:
+    return float(_at(attention, 4, attention.keywords.get("dropout_p", 0.0)))
 
 
 def _at(node: Node, position: int, default: Any) -> Any:

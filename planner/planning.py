@@ -112,8 +112,8 @@ def recheck(graph: Graph, edited: Plan, hardware: Hardware) -> tuple[Formulation
     if missing:
         raise Infeasible(missing[0], "the plan and the model do not have the same parameters", remedy="Plan again.")
     options = Options(replicate=edited.options["replicate"], fixed_calls=edited.calls, fixed_parameters=parameters)
-    formulation = formulate(graph, pricing, options)
     try:
+        formulation = formulate(graph, pricing, options)
         solution = solve(formulation.problem)
     except Infeasible as error:
         raise Infeasible(

@@ -22,13 +22,14 @@ from typing import Literal
 import numpy as np
 
 from .factor_graph import INFEASIBLE, Table
-from .graph import LEAVES, Graph, Node
+from .graph import LEAVES, VIEWS, Graph, Node
 from .head_groups import held_keys, serves
 from .local_operators import local_form
 from .moves import Move, move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replicate, Shard
 from .pricing import Cost, Pricing
 from .rules import RULES, Operation
+from .rules.products import FACTORS
 
 Stored = Placement | tuple[Placement, ...]
 Fixed = tuple[tuple[Move | None, ...], Move | None]
@@ -145,6 +146,8 @@ def choices(
         base = apply_rule(graph, node, placed)
         if base is None or isinstance(local_form(node, call, placed, base), str):
             continue
+        if _sums_padding(graph, node, placed, base):
+            continue
         changes = Cost()
         for i, conversion in zip(operands, combination, strict=True):
             if conversion.move is not None:
@@ -158,6 +161,22 @@ def choices(
             if _may_be_born(node, placed, base, born) and not isinstance(local_form(node, call, placed, born), str):
                 for made in _with_gradients(node, born, combination, values):
                     yield combination, made, compute, changes
+
+
+def _sums_padding(graph: Graph, node: Node, placed: dict[int, Stored], base: Stored) -> bool:
+    """Whether a product sums over padding that no operand is sure to hold zeros in (weights do)."""
+    if node.op not in FACTORS or not isinstance(base, Partial):
+        return False
+    split = [i for i, p in placed.items() if isinstance(p, Shard) and p.layout.is_padded]
+    return bool(split) and not any(_is_weight(graph, i) for i in split)
+
+
+def _is_weight(graph: Graph, index: int) -> bool:
+    """A parameter, or views and casts of one."""
+    node = graph.nodes[index]
+    while node.op in VIEWS or node.op == "to":
+        node = graph.nodes[node.operands[0]]
+    return node.op == "parameter"
 
 
 def _may_be_born(node: Node, placed: dict[int, Stored], base: Stored, born: Shard) -> bool:
