@@ -1,6 +1,6 @@
 """Three modules that know nothing of Hugging Face: SOURCEs such as ``examples.plain_models:transformer``.
 
-    colrow plan examples.plain_models:two_towers --tp 2
+colrow plan examples.plain_models:two_towers --tp 2
 """
 
 from __future__ import annotations

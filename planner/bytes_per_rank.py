@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from colrow.cost_models.memory import MemoryBytes, training_bytes
@@ -53,9 +54,13 @@ def workspace_bytes(graph: Graph, phase: Phase) -> int:
 def total_of(graph: Graph, stored: Sequence[Stored], phase: Phase, context: int) -> Mapping[str, int]:
     """Bytes per rank by kind, tied parameters once."""
     of, total = memory_of(graph, phase, context), MemoryBytes(workspace=workspace_bytes(graph, phase))
+    counts: Counter[tuple[int, Stored]] = Counter()
     for node in graph.nodes:
         if node.fqn not in graph.ties:
-            total += of(node, stored[node.index])
+            counts[(node.template, stored[node.index])] += 1
+    for (index, placement), count in counts.items():
+        one = of(graph.nodes[index], placement)
+        total += MemoryBytes(**{kind: count * nbytes for kind, nbytes in one.by_kind().items()})
     return dict(total.by_kind())
 
 

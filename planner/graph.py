@@ -140,14 +140,21 @@ class Graph:
     whole: set[int] = field(default_factory=set)
     findings: list[str] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
+    _readers: list[list[int]] = field(default_factory=list, repr=False, compare=False)
 
     def users(self) -> list[list[int]]:
-        """For each node, the nodes that read it."""
-        readers: list[list[int]] = [[] for _ in self.nodes]
-        for node in self.nodes:
-            for operand in dict.fromkeys(node.operands):
-                readers[operand].append(node.index)
-        return readers
+        """For each node, the nodes that read it; remembered while no node is added."""
+        if len(self._readers) != len(self.nodes):
+            readers: list[list[int]] = [[] for _ in self.nodes]
+            for node in self.nodes:
+                for operand in dict.fromkeys(node.operands):
+                    readers[operand].append(node.index)
+            self._readers = readers
+        return self._readers
+
+    def forget_users(self) -> None:
+        """After nodes were changed in place."""
+        self._readers = []
 
 
 def references(tree: Any) -> Iterator[int]:

@@ -53,6 +53,7 @@ def fuse_repeats(graph: Graph) -> None:
         )
         for dead in (expand, insert):
             graph.nodes[dead.index] = replace(dead, op=FUSED, arguments=(), keywords={}, differentiable=False, call=-1)
+    graph.forget_users()
 
 
 @rule("repeat_heads")

@@ -332,7 +332,15 @@ def _findings(formulation: Formulation, options: Options) -> tuple[str, ...]:
     graph = formulation.graph
     unknown: dict[str, int] = {}
     for node in graph.nodes:
-        if not is_leaf(node) and node.operands and node.op not in RULES and node.op.rstrip("_") not in RULES:
+        values = [node, *(graph.nodes[i] for i in node.operands)]
+        floating = any(v.dtype.is_floating_point for v in values)
+        if (
+            floating
+            and not is_leaf(node)
+            and node.operands
+            and node.op not in RULES
+            and node.op.rstrip("_") not in RULES
+        ):
             unknown[node.op] = unknown.get(node.op, 0) + 1
     found = [
         f"operator without a rule, its operands are replicated: {op} ({count}x)"

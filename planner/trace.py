@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        stack.enter_context(_without_cache(model))
         stack.enter_context(folding.installed())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
@@ -139,7 +140,22 @@ def _plain(result: Any) -> Any:
         return {key: _plain(value) for key, value in result.items()}
     if isinstance(result, (tuple, list)):
         return [_plain(value) for value in result]
-    return result
+    return result if isinstance(result, Tensor) else None  # a cache is the ranks' own, not a result
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Configurations ask for no KV cache while tracing: a cache is written under each block's index, so nothing
+    would fold."""
+    configs = {id(c): c for m in model.modules() for c in [getattr(m, "config", None)] if c is not None}
+    asked = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    for config in asked:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asked:
+            config.use_cache = True
 
 
 def _first_line(error: BaseException) -> str:
