@@ -13,6 +13,8 @@ from colrow.rewrite.generation import compare_tokens
     [
         ("demo.py", "✓ each rank holds its slices alone"),
         ("plain_module.py", "the ranks' logits are the dense model's"),
+        ("hf_model.py", "the ranks' tokens are the dense model's"),
+        ("train_2d.py", "the losses are the dense run's, before and after the checkpoint"),
     ],
 )
 def test_example(root, tmp_path, script, last_line):
