@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from colrow.cost_models.errors import RankError
+from colrow.cost_models.errors import ColrowError, RankError
 
 from .collectives import all_reduce
 from .groups import TpGroup
@@ -15,11 +15,11 @@ from .groups import TpGroup
 T = TypeVar("T")
 
 
-def together(attempt: Callable[[], T], group: TpGroup, where: str) -> T:
+def together(attempt: Callable[[], T], group: TpGroup, where: str, elsewhere: type[ColrowError] = RankError) -> T:
     """Do something that may fail on one rank alone (a local disk), so that all ranks fail then.
 
     Raises:
-        Exception: Of this rank; or RankError, saying that another rank failed.
+        Exception: Of this rank; or ``elsewhere``, saying that another rank failed.
     """
     result, error = None, None
     try:
@@ -31,5 +31,5 @@ def together(attempt: Callable[[], T], group: TpGroup, where: str) -> T:
     if error is not None:
         raise error
     if failed:
-        raise RankError(where, "another rank failed here", remedy="See that rank's message.")
+        raise elsewhere(where, "another rank failed here", remedy="See that rank's message.")
     return result  # type: ignore[return-value]

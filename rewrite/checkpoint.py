@@ -184,7 +184,7 @@ def load_checkpoint(
             checkpoint holds and the model cannot recompute.
     """
     group, device = group_of(mesh), torch.device(mesh.device_type)
-    taken = together(lambda: check_checkpoint(model, directory, plan), group, str(directory))
+    taken = together(lambda: check_checkpoint(model, directory, plan), group, str(directory), SourceError)
     targets: dict[int, str] = {}
     read = total = 0
     made: dict[int, nn.Parameter] = {}
@@ -287,8 +287,13 @@ def save_dense(model: nn.Module, directory: str | Path, group: TpGroup, shard_by
     try:
         for i, members in enumerate(files):
             content = {name: whole(state[name]) for name in members}
-            together(lambda i=i, content=content: write(i, content), group, str(folder))  # type: ignore[misc]
-        together(lambda: publish(folder, written, files, names, state) if group.rank == 0 else None, group, str(folder))
+            together(lambda i=i, content=content: write(i, content), group, str(folder), SourceError)  # type: ignore[misc]
+        together(
+            lambda: publish(folder, written, files, names, state) if group.rank == 0 else None,
+            group,
+            str(folder),
+            SourceError,
+        )
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
