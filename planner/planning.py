@@ -14,6 +14,7 @@ from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
 from colrow.cost_models.hardware import Hardware, load_hardware
 
 from .bytes_per_rank import memory_of, total_of, workspace_bytes
+from .edits import CallEdit
 from .expressions import can_edit
 from .factor_graph import Solution, evaluate
 from .formulation import Formulation, formulate
@@ -123,7 +124,7 @@ def recheck(graph: Graph, edited: Plan, hardware: Hardware) -> tuple[Formulation
         ) from error
     lowered = lower(formulation, solution.assignment, workload.name)
     for site in {**edited.calls, **lowered.calls}:
-        if edited.calls.get(site) != lowered.calls.get(site):
+        if _without_randomness(edited.calls.get(site)) != _without_randomness(lowered.calls.get(site)):
             raise Infeasible(
                 f"{site.module} ({site.frames[-1]})",
                 "the plan's edit of this call is not what its layouts need",
@@ -132,6 +133,13 @@ def recheck(graph: Graph, edited: Plan, hardware: Hardware) -> tuple[Formulation
                 remedy="Plan again.",
             )
     return formulation, solution, lowered
+
+
+def _without_randomness(edit: CallEdit | None) -> CallEdit | None:
+    """An edit but for how it draws: dropout is there in training and gone in evaluation."""
+    if edit is not None and edit.operator is not None and edit.operator.name == "rank_random":
+        edit = replace(edit, operator=None)
+    return None if edit == CallEdit() else edit
 
 
 def plan_graph(
