@@ -112,6 +112,10 @@ class _Comparison:
         self.graph, self.lowered, self.local = formulation.graph, lowered, local
         self.made: Iterator[Node] = iter([n for n in local.nodes if not is_leaf(n)])
         self.at: dict[int, int] = {}
+        self.spans: dict[int, tuple[int, int]] = {}
+        for node in self.graph.nodes:
+            first, _ = self.spans.get(node.call, (node.index, 0))
+            self.spans[node.call] = (first, node.index)
         leaves = {(n.op, n.fqn): n.index for n in local.nodes if is_leaf(n)}
         for node in self.graph.nodes:
             if is_leaf(node) and (node.op, node.fqn) in leaves:
@@ -142,28 +146,13 @@ class _Comparison:
     def _arguments(self, call: int) -> list[tuple[int, Move]]:
         """Moves of a call's arguments, in the order they are made."""
         found: list[tuple[int, int, Move]] = []
-        for node in self.graph.nodes[self._first(call) :]:
+        first, last = self.spans[call]
+        for node in self.graph.nodes[first : last + 1]:
             if node.call == call and node.index in self.lowered.choices:
                 for index, conversion in zip(reads(node), self.lowered.choices[node.index].operands, strict=True):
                     if conversion.move is not None and self.graph.nodes[index].op != "parameter":
                         found += [(leaf, index, conversion.move) for leaf in leaves_of(self.graph.calls[call], index)]
-            elif node.index > self._last(call):
-                break
         return [(index, move) for _, index, move in sorted(found, key=lambda item: item[0])]
-
-    def _first(self, call: int) -> int:
-        return self._spans()[call][0]
-
-    def _last(self, call: int) -> int:
-        return self._spans()[call][1]
-
-    def _spans(self) -> dict[int, tuple[int, int]]:
-        if not hasattr(self, "_span_of"):
-            self._span_of: dict[int, tuple[int, int]] = {}
-            for node in self.graph.nodes:
-                first, _ = self._span_of.get(node.call, (node.index, 0))
-                self._span_of[node.call] = (first, node.index)
-        return self._span_of
 
     def _next(self, node: Node, want: str) -> Node:
         found = next(self.made, None)
