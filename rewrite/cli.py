@@ -113,11 +113,12 @@ def plan(ctx: click.Context, /, **options: Any) -> None:
         plan_command(**options)
         return
     given = [name for name in options if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
-    other = [name for name in given if name not in ("source", "edited", "out", "as_json")]
+    other = [name for name in given if name not in ("source", "edited", "hardware", "out", "as_json")]
     if other:
         option = other[0].replace("_", "-")
         raise click.UsageError(f"--{option} does not go with --from: the plan file says what it was made for.")
-    replan_command(options["source"], ctx.params["edited"], options["out"], options["as_json"])
+    hardware = options["hardware"] if "hardware" in given else None
+    replan_command(options["source"], ctx.params["edited"], hardware, options["out"], options["as_json"])
 
 
 @main.command()

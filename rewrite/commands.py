@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
 
 from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
 from colrow.cost_models.hardware import load_hardware
@@ -22,6 +16,7 @@ from colrow.planner.planning import plan as make_plan
 from colrow.planner.sources import DTYPES, Source, load_source
 
 from . import display
+from .answers import check_writable, json_text, progress, written_whole
 from .gate import Check, Limits, checks
 from .plan_json import checks_json, plan_json
 
@@ -45,14 +40,14 @@ def plan_command(
     as_json: bool,
 ) -> None:
     """``colrow plan``."""
-    _check_writable(out)
+    check_writable(out)
     profile = load_hardware(hardware)
-    with _progress(f"Building {source}"):
+    with progress(f"Building {source}"):
         loaded = load_source(source, phase=phase, batch=batch, seq=seq, context=context, dtype=dtype)
     _log_notes(loaded)
 
     def at(ranks: int) -> Plan:
-        with _progress(f"Planning for {ranks} ranks"):
+        with progress(f"Planning for {ranks} ranks"):
             return make_plan(
                 loaded.model,
                 loaded.example_inputs,
@@ -92,14 +87,15 @@ def _smallest(at: Any) -> Plan:
             tp = int(named[1])
 
 
-def replan_command(source: str, edited: str, out: str | None, as_json: bool) -> None:
-    """``colrow plan SOURCE --from FILE``."""
-    _check_writable(out)
+def replan_command(source: str, edited: str, hardware: str | None, out: str | None, as_json: bool) -> None:
+    """``colrow plan SOURCE --from FILE``; ``hardware`` None: what the plan was made for, by its name."""
+    check_writable(out)
+    profile = load_hardware(hardware) if hardware is not None else None
     plan = read(edited, verify_digest=False)
-    with _progress(f"Building {source}"):
+    with progress(f"Building {source}"):
         loaded = _source_of(source, plan)
-    with _progress("Checking and pricing the edited plan"):
-        replanned = replan(loaded.model, loaded.example_inputs, plan)
+    with progress("Checking and pricing the edited plan"):
+        replanned = replan(loaded.model, loaded.example_inputs, plan, profile)
     _answer(replanned, out, as_json)
 
 
@@ -117,7 +113,7 @@ def check_command(plan_file: str, limits: dict[str, Any], as_json: bool) -> None
     plan = read(plan_file)
     found = checks(plan, Limits(**limits))
     if as_json:
-        print(json.dumps(checks_json(plan, found), indent=1))
+        print(json_text(checks_json(plan, found)))
     elif found:
         display.console(sys.stdout).print(display.checks_table(found, limits["direction"]))
     else:
@@ -150,7 +146,7 @@ def verify_command(
     from .verification import verify
 
     plan = _plan_given(plan_file, tp)
-    with _progress(f"Building {source}"):
+    with progress(f"Building {source}"):
         if plan is not None:
             loaded = _source_of(source, plan, dtype="fp64", small=small)
         else:
@@ -158,12 +154,12 @@ def verify_command(
     _log_notes(loaded)
     if plan is None:
         assert tp is not None
-        with _progress(f"Planning for {tp} ranks"):
+        with progress(f"Planning for {tp} ranks"):
             plan = make_plan(loaded.model, loaded.example_inputs, tp=tp, phase="train")
-    with _progress(f"Running {plan.tp} {ranks} ranks against the dense model"):
+    with progress(f"Running {plan.tp} {ranks} ranks against the dense model"):
         report = verify(loaded.build, loaded.example_inputs, plan, ranks=ranks)
     if as_json:
-        print(json.dumps(report.as_dict(), indent=1))
+        print(json_text(report.as_dict()))
     else:
         display.console(sys.stdout).print(display.report_table(report))
     if not report.ok():
@@ -248,37 +244,19 @@ def _dtype_of(plan: Plan) -> str:
 
 def _answer(plan: Plan, out: str | None, as_json: bool) -> None:
     if out is not None:
-        path = Path(out)
-        whole = path.with_name(f"{path.name}.part")
-        try:
-            plan.save(whole)
-            whole.replace(path)  # readers see the old file or the new one, never half of one
-        except OSError as error:
-            raise UsageError(f"--out {out}", f"cannot be written: {error.strerror}") from error
+        with written_whole(out) as path:
+            plan.save(path)
         print(f"plan written to {out}", file=sys.stderr)
     _print(plan, as_json)
 
 
 def _print(plan: Plan, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan_json(plan), indent=1))
+        print(json_text(plan_json(plan)))
     else:
         display.console(sys.stdout).print(display.render(plan))
-
-
-def _check_writable(out: str | None) -> None:
-    """Before the work, not after it."""
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise UsageError(f"--out {out}", "no such folder", got=str(Path(out).parent), remedy="Make it first.")
 
 
 def _log_notes(source: Source) -> None:
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[None]:
-    """A spinner on stderr while something long runs; nothing where stderr is no terminal."""
-    with Console(stderr=True).status(text):
-        yield

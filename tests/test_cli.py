@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import resources
 from importlib.metadata import version
 
 import pytest
@@ -246,6 +247,18 @@ def test_an_edited_plan_is_refused_until_it_is_signed_again(colrow, cwd, edited)
     assert after.cost.total_s > before.cost.total_s  # priced again
 
 
+def test_an_edited_plan_is_priced_for_a_profile_of_ones_own(colrow, cwd, edited):
+    content = json.loads((resources.files("colrow.cost_models") / "profiles" / "l40s-pcie.json").read_text())
+    (cwd / "mine.json").write_text(json.dumps(content | {"name": "mine"}))
+    file = edited('"hardware": "h100-sxm"', '"hardware": "mine"')
+    assert "unknown profile; got 'mine'" in colrow("plan", SOURCE, "--from", file, code=2).stderr
+    colrow("plan", SOURCE, "--from", file, "--hardware", "mine.json", "--out", "signed.json")
+    colrow("plan", SOURCE, "--from", file, "--hardware", "l40s-pcie", "--out", "shipped.json")
+    signed, shipped = read(cwd / "signed.json"), read(cwd / "shipped.json")
+    assert (signed.hardware, signed.cost) == ("mine", shipped.cost)
+    assert signed.cost != read(cwd / "plan.json").cost
+
+
 def test_an_edit_that_computes_something_else_is_refused(colrow, cwd, edited):
     file = edited('"forward": "all_reduce", "backward": "identity"', '"forward": "identity", "backward": "identity"')
     assert colrow("plan", SOURCE, "--from", file, "--out", "signed.json", code=1).stderr.startswith("colrow: ")
@@ -297,6 +310,16 @@ def test_verify_runs_the_rewritten_model(colrow):
     report = json.loads(colrow("verify", SOURCE, "--tp", 2, "--json").stdout)
     assert report["schema"] == "colrow.verify/1"
     assert report["ok"] is True
+
+
+def test_an_infinite_error_is_null_in_json(colrow, monkeypatch):
+    from colrow.rewrite import verification
+
+    report = verification.Report(2, 1e-9, {"0": float("inf")}, {"w": float("nan")}, {}, (), (), {}, (), (), ())
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: report)
+    printed = colrow("verify", SOURCE, "--tp", 2, "--json", code=1).stdout
+    found = json.loads(printed, parse_constant=pytest.fail)
+    assert (found["ok"], found["forward_max_rel_error"], found["gradient_errors"]) == (False, None, {"w": None})
 
 
 def test_verify_takes_a_plan(colrow):
