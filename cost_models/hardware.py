@@ -14,149 +14,23 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from .communication import (
     COLLECTIVE_KINDS,
     CollectiveKind,
     Curve,
-    SegmentedLine,
     between_sizes,
     inter_node_s,
 )
 from .errors import HardwareError
+from .profile import Collective, Collectives, Compute, Date, InterNode, Link, Memory, Strict, Text
 
 SCHEMA = "colrow.hardware/1"
 PROFILE_REMEDY = "Compare with a profile that ships with colrow (cost_models/profiles)."
-
-Text = Annotated[str, Field(min_length=1)]
-# The bounds are where a number in another unit (us for s, GB for bytes, TFLOPS for flops) would land.
-Latency = Annotated[float, Field(gt=0, lt=0.1, allow_inf_nan=False)]
-SecondsPerByte = Annotated[float, Field(ge=0, lt=1e-6, allow_inf_nan=False)]
-BytesPerSecond = Annotated[float, Field(gt=1e8, lt=1e15, allow_inf_nan=False)]
-FlopsPerSecond = Annotated[float, Field(gt=1e8, lt=1e19, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=0)]
-
-
-class Strict(BaseModel):
-    """Base of all profile parts: immutable, no unknown fields, no conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Segment(Strict):
-    """From ``from_bytes`` on, each further byte of the whole tensor takes ``s_per_byte`` seconds."""
-
-    from_bytes: Bytes
-    s_per_byte: SecondsPerByte
-
-
-class GroupCurve(Strict):
-    """One collective at one group size.
-
-    Attributes:
-        size: Ranks in the group.
-        basis: ``measured`` (fitted to a table) or ``structural`` (derived from a measured curve by a formula).
-        min_bytes: Smallest measured message, bytes of the whole tensor.
-        max_bytes: Largest measured message.
-        latency_s: Seconds of an empty message.
-        segments: One to three, ascending, the first from byte 0.
-        median_rel_error: Of the fit against its table; None where structural.
-        max_rel_error: As above, the worst row.
-    """
-
-    size: Annotated[int, Field(ge=2)]
-    basis: Literal["measured", "structural"]
-    min_bytes: Bytes
-    max_bytes: Bytes
-    latency_s: Latency
-    segments: Annotated[list[Segment], Field(min_length=1, max_length=3)]
-    median_rel_error: Error | None = None
-    max_rel_error: Error | None = None
-
-    @model_validator(mode="after")
-    def _ascending(self) -> Self:
-        starts = [segment.from_bytes for segment in self.segments]
-        if starts[0] != 0 or starts != sorted(set(starts)):
-            raise ValueError(f"segments.from_bytes must start at 0 and ascend strictly, got {starts}")
-        if self.min_bytes > self.max_bytes:
-            raise ValueError(f"min_bytes must not exceed max_bytes, got {self.min_bytes} > {self.max_bytes}")
-        return self
-
-    def line(self) -> SegmentedLine:
-        """The curve to evaluate."""
-        return SegmentedLine.through(
-            self.latency_s,
-            [float(segment.from_bytes) for segment in self.segments],
-            [segment.s_per_byte for segment in self.segments],
-        )
-
-
-class Collective(Strict):
-    """One kind of collective: the library that was measured and its curves by group size."""
-
-    implementation: Text
-    groups: Annotated[list[GroupCurve], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _distinct_sizes(self) -> Self:
-        sizes = [group.size for group in self.groups]
-        if sizes != sorted(set(sizes)):
-            raise ValueError(f"groups.size must ascend strictly, got {sizes}")
-        return self
-
-
-class Collectives(Strict):
-    """Every kind the planner may place."""
-
-    all_reduce: Collective
-    all_gather: Collective
-    reduce_scatter: Collective
-    all_to_all: Collective
-    broadcast: Collective
-
-
-class InterNode(Strict):
-    """The network between nodes, for groups larger than ``ranks_per_node`` (always a structural prediction)."""
-
-    latency_s: Latency
-    bytes_per_s_per_rank: BytesPerSecond
-    source: Text
-
-
-class Compute(Strict):
-    """Arithmetic rates.
-
-    Attributes:
-        peak_flops_per_s: By torch dtype name (``bfloat16``, ``float32``, ...), dense. ``float32`` must be present:
-            dtypes that are not listed run at its rate, on the ordinary vector units.
-        efficiency: Share of that peak a large matmul reaches, by the same names; unlisted dtypes take float32's.
-        source: Where the peaks and the efficiency come from.
-    """
-
-    peak_flops_per_s: dict[str, FlopsPerSecond]
-    efficiency: dict[str, Fraction]
-    source: Text
-
-    @model_validator(mode="after")
-    def _float32_present(self) -> Self:
-        for field, rates in (("peak_flops_per_s", self.peak_flops_per_s), ("efficiency", self.efficiency)):
-            if "float32" not in rates:
-                raise ValueError(f"{field} must name float32, the rate of dtypes that are not listed")
-        return self
-
-
-class Memory(Strict):
-    """The device's own memory: its bandwidth, and the share of it that streaming kernels reach."""
-
-    bandwidth_bytes_per_s: BytesPerSecond
-    efficiency: Fraction
-    source: Text
 
 
 class Hardware(Strict):
@@ -174,10 +48,13 @@ class Hardware(Strict):
         ranks_per_node: Ranks that share the measured links; larger groups need ``inter_node``.
         collectives: Communication.
         inter_node: None: groups stay within a node.
+        link: The links within a node; None: kinds and group sizes without a curve are refused.
         compute: Arithmetic.
         memory: Memory bandwidth.
-        launch_overhead_s: Seconds each operator costs before its roofline.
-        launch_source: Where that comes from.
+        launch_overhead_s: Seconds each operator costs the device before its roofline, launched from a CUDA graph.
+        eager_dispatch_s: Seconds the host takes to launch one operator from Python: no eager operator takes less. None
+            where not known.
+        launch_source: Where both come from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
@@ -188,14 +65,16 @@ class Hardware(Strict):
     source: Text
     commit: str
     licence: Text
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    date: Date
     memory_gb: Annotated[float, Field(gt=0.1, lt=1e5, allow_inf_nan=False)]
     ranks_per_node: Annotated[int, Field(ge=1)]
     collectives: Collectives
     inter_node: InterNode | None
+    link: Link | None = None
     compute: Compute
     memory: Memory
     launch_overhead_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)]
+    eager_dispatch_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)] | None = None
     launch_source: Text
 
     @cached_property
