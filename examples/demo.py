@@ -17,7 +17,7 @@ from rich.table import Table
 
 from colrow.planner import Plan, plan
 from colrow.planner.sources import load_source
-from colrow.rewrite import display
+from colrow.rewrite import display, units
 from colrow.rewrite.counting import recorded_collectives
 from colrow.rewrite.generation import Generated, compare_tokens, greedy
 from colrow.rewrite.ranks import run_ranks
@@ -37,7 +37,7 @@ def main() -> int:
     with log.status("Planning Llama-3.1-8B for 8 ranks of an H100 node"):
         source = load_source(str(CONFIG), phase="prefill", batch=1, seq=2048)
         large = plan(source.model, source.example_inputs, tp=8, hardware="h100-sxm")
-    display.console(sys.stdout).print(display.render(large))
+    units.console(sys.stdout).print(display.render(large))
     with tempfile.TemporaryDirectory() as folder:
         return run_small(folder)
 

@@ -19,6 +19,7 @@ from . import display
 from .answers import check_writable, json_text, progress, written_whole
 from .gate import Check, Limits, checks
 from .plan_json import checks_json, plan_json
+from .units import console
 
 VERIFY_BATCH, VERIFY_SEQ = 2, 16  # two sequences, so that one can be padded
 
@@ -115,7 +116,7 @@ def check_command(plan_file: str, limits: dict[str, Any], as_json: bool) -> None
     if as_json:
         print(json_text(checks_json(plan, found)))
     elif found:
-        display.console(sys.stdout).print(display.checks_table(found, limits["direction"]))
+        console(sys.stdout).print(display.checks_table(found, limits["direction"]))
     else:
         print("no limits given; the file is a plan, whole and unedited")
     wrong = [check for check in found if not check.ok]
@@ -161,7 +162,7 @@ def verify_command(
     if as_json:
         print(json_text(report.as_dict()))
     else:
-        display.console(sys.stdout).print(display.report_table(report))
+        console(sys.stdout).print(display.report_table(report))
     if not report.ok():
         raise Infeasible(
             f"verify {source}", "the rewritten model is not the dense one", remedy=report.explain().partition("\n")[2]
@@ -254,7 +255,7 @@ def _print(plan: Plan, as_json: bool) -> None:
     if as_json:
         print(json_text(plan_json(plan)))
     else:
-        display.console(sys.stdout).print(display.render(plan))
+        console(sys.stdout).print(display.render(plan))
 
 
 def _log_notes(source: Source) -> None:

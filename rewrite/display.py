@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO
+from collections.abc import Iterator, Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -22,15 +21,9 @@ from colrow.planner.plan_model import Plan, PlannedParameter
 from .comparison import Report
 from .gate import Check
 from .plan_blocks import DistinctBlock, Traffic, distinct_blocks
+from .units import empty_table, nbytes, seconds
 
-PLAIN_WIDTH = 120
 DIRECTIONS = ("forward", "backward")
-
-
-def console(file: IO[str]) -> Console:
-    """A console on ``file``; plain text of a fixed width where that is no terminal."""
-    width = None if file.isatty() else PLAIN_WIDTH
-    return Console(file=file, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
 
 
 def render(plan: Plan) -> RenderableType:
@@ -44,28 +37,6 @@ def render(plan: Plan) -> RenderableType:
     if plan.findings:
         parts += ["", _title("Findings"), *_findings(plan)]
     return Group(*parts)
-
-
-def seconds(value: float) -> str:
-    """``19.9 ms``: three digits and a unit."""
-    if value == 0:
-        return "0 s"
-    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if value >= scale:
-            return f"{_digits(value / scale)} {unit}"
-    return f"{_digits(value / 1e-9)} ns"
-
-
-def nbytes(value: float) -> str:
-    """``16.8 MB``: three digits and a decimal unit."""
-    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= scale:
-            return f"{_digits(value / scale)} {unit}"
-    return f"{value:.0f} B"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _title(text: str) -> Text:
@@ -121,7 +92,7 @@ def _block(plan: Plan, block: DistinctBlock) -> Iterator[RenderableType]:
 
 
 def _weights(plan: Plan, block: DistinctBlock) -> Table:
-    table = _table("parameter", "placement", "shape", "per rank", "")
+    table = empty_table("parameter", "placement", "shape", "per rank", "")
     for name, parameter in block.parameters:
         note = ", ".join(_notes(plan, parameter))
         table.add_row(name, parameter.placement, _shape(parameter.shape), _shape(parameter.local_shape), note)
@@ -157,7 +128,7 @@ def _layout_notes(layout: Layout) -> Iterator[str]:
 
 
 def _collectives(plan: Plan, traffic: Traffic, whole: str) -> Table:
-    table = _table("collective", "bytes", "time", "after", "forced by", numeric=(1, 2))
+    table = empty_table("collective", "bytes", "time", "after", "forced by", numeric=(1, 2))
     trained = any(w.phase == "train" for w in plan.workloads)
     for direction in DIRECTIONS:
         rows = [c for c in traffic.collectives if c.direction == direction]
@@ -177,7 +148,7 @@ def _collectives(plan: Plan, traffic: Traffic, whole: str) -> Table:
 def _totals(collectives: Sequence[Collective]) -> RenderableType:
     if not collectives:
         return Text("  none")
-    table = _table("category", "collective", "direction", "count", "bytes", "time", numeric=(3, 4, 5))
+    table = empty_table("category", "collective", "direction", "count", "bytes", "time", numeric=(3, 4, 5))
     groups: dict[tuple[str, str, str], list[Collective]] = {}
     for c in collectives:
         groups.setdefault((c.category.replace("_", " "), c.kind, c.direction), []).append(c)
@@ -191,7 +162,7 @@ def _totals(collectives: Sequence[Collective]) -> RenderableType:
 
 
 def _memory(plan: Plan) -> Table:
-    table = _table("kind", "bytes", "", numeric=(1,))
+    table = empty_table("kind", "bytes", "", numeric=(1,))
     for kind, held in plan.memory_bytes.items():
         if held:
             table.add_row(kind.replace("_", " "), nbytes(held))
@@ -215,7 +186,7 @@ def _unsplit(plan: Plan) -> Iterator[RenderableType]:
     if not plan.unsplit:
         yield Text("  nothing: every matmul, embedding and expert weight is split")
         return
-    table = _table("parameter", "bytes", "reason", numeric=(1,))
+    table = empty_table("parameter", "bytes", "reason", numeric=(1,))
     for path, (held, reason) in fold_paths({fqn: (held, reason) for fqn, held, reason in plan.unsplit}).items():
         table.add_row(path, nbytes(held), reason)
     yield table
@@ -229,20 +200,12 @@ def _findings(plan: Plan) -> Iterator[RenderableType]:
             yield Padding(Text(f"- {text}"), (0, 0, 0, 4 if isinstance(item, Repeat) else 2), expand=False)
 
 
-def _table(*columns: str, numeric: Iterable[int] = ()) -> Table:
-    right = set(numeric)
-    table = Table(box=None, header_style="dim", padding=(0, 0, 0, 2))
-    for n, column in enumerate(columns):
-        table.add_column(column, justify="right" if n in right else "left", overflow="fold", no_wrap=n in right)
-    return table
-
-
 # ---- answers of other commands
 
 
 def checks_table(found: Sequence[Check], direction: str | None) -> Table:
     """Limits with what the plan has and what they ask for."""
-    table = _table("limit", "got", "need", "", "where", numeric=(1, 2))
+    table = empty_table("limit", "got", "need", "", "where", numeric=(1, 2))
     for check in found:
         name = f"--{check.limit}" + (f" ({direction})" if direction and check.limit.startswith("max-") else "")
         need = _number_text(check.need)
@@ -260,14 +223,14 @@ def _number_text(value: float | str) -> str:
 
 def report_table(report: Report) -> Group:
     """What `verify` measured."""
-    table = _table("compared with the dense model", "largest error", numeric=(1,))
+    table = empty_table("compared with the dense model", "largest error", numeric=(1,))
     table.add_row("outputs", f"{report.forward_max_rel_error:.1e}")
     table.add_row(f"gradients ({len(report.gradient_errors)})", f"{report.gradient_max_rel_error:.1e}")
     for steps in report.trainings:
         name = f"after {len(steps.losses)} {steps.optimiser} steps"
         table.add_row(f"parameters {name}", f"{max(steps.parameters.values(), default=0.0):.1e}")
         table.add_row(f"loss {name}", f"{max(steps.losses, default=0.0):.1e}")
-    counts = _table("collective", "direction", "planned", "executed", numeric=(2, 3))
+    counts = empty_table("collective", "direction", "planned", "executed", numeric=(2, 3))
     planned = Counter((kind, direction) for kind, _, direction in report.collectives_planned)
     executed = Counter((kind, direction) for kind, _, direction in report.collectives_executed)
     for kind, direction in sorted(planned | executed):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from small_plans import all_reduce, small_plan
 
-from colrow.rewrite import display
+from colrow.rewrite import display, units
 
 GOLDEN = """\
 Small on 2 ranks of h100-sxm
@@ -82,7 +82,7 @@ Findings
 
 def shown(plan, width=None):
     stream = io.StringIO()
-    console = display.console(stream) if width is None else Console(file=stream, width=width, markup=False)
+    console = units.console(stream) if width is None else Console(file=stream, width=width, markup=False)
     console.print(display.render(plan))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
@@ -93,7 +93,7 @@ def test_golden():
 
 def test_plain_text_where_there_is_no_terminal():
     stream = io.StringIO()
-    display.console(stream).print(display.render(small_plan()))
+    units.console(stream).print(display.render(small_plan()))
     assert "\x1b" not in stream.getvalue()
 
 
@@ -149,11 +149,11 @@ def test_a_statistic_is_marked():
     [(0, "0 s"), (1.5e-9, "1.50 ns"), (16.8e-6, "16.8 us"), (0.0199, "19.9 ms"), (2.5, "2.50 s"), (250, "250 s")],
 )
 def test_seconds(value, text):
-    assert display.seconds(value) == text
+    assert units.seconds(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0 B"), (999, "999 B"), (16777216, "16.8 MB"), (80e9, "80.0 GB"), (2e12, "2.00 TB")]
 )
 def test_bytes(value, text):
-    assert display.nbytes(value) == text
+    assert units.nbytes(value) == text
