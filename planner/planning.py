@@ -21,12 +21,14 @@ from .formulation import Formulation, formulate
 from .graph import Graph
 from .lowering import Lowered, SiteConflict, lower
 from .parameter_words import described_parameters
+from .pins import refuse_pins_of_nothing, refuse_unmet_pins
 from .plan_model import Plan, PlannedCost, Workload
 from .pricing import Cost, Phase, Pricing
 from .rules import RULES
 from .site_settings import Options
 from .solver import solve
 from .strategies import is_leaf
+from .suitability import refuse_unsuitable
 from .trace import Inputs, trace
 
 LARGEST_TP = 1024
@@ -60,17 +62,20 @@ def plan(
         pin: fnmatch pattern of a parameter or module path -> ``column``, ``row``, ``vocab`` or ``replicated``.
 
     Raises:
-        UsageError: Wrong arguments.
+        UsageError: Wrong arguments, a pin of no parameter, or a dispatched or quantised model.
         TraceError: torch cannot trace the model.
-        Infeasible: No plan satisfies the constraints; `MemoryCapError` names the smallest tp that fits.
+        Infeasible: No plan satisfies the constraints; `MemoryCapError` names the smallest tp that fits;
+            `LayoutError` the weight that cannot be placed as it is pinned.
     """
     _check(tp, phase, sequence_parallel, replicate, pin)
+    refuse_unsuitable(model)
+    refuse_pins_of_nothing(pin or {}, (name for name, _ in model.named_parameters(remove_duplicate=False)))
     profile = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
     graph = trace(model, example_inputs)
     workload = _workload(phase, example_inputs, context)
     options = Options(replicate=replicate, pin=dict(pin or {}), editable=can_edit)
     try:
-        return plan_graph(graph, type(model).__name__, tp, profile, workload, options, memory_gb)
+        made = plan_graph(graph, type(model).__name__, tp, profile, workload, options, memory_gb)
     except MemoryCapError as error:
         smallest = _smallest_tp(graph, type(model).__name__, tp, profile, workload, options, memory_gb)
         cap = memory_gb if memory_gb is not None else profile.memory_gb
@@ -81,6 +86,8 @@ def plan(
             need=f"tp >= {smallest}" if smallest else "a smaller batch or more memory",
             remedy=f"Use --tp {smallest}." if smallest else "No tp up to 128 fits.",
         ) from error
+    refuse_unmet_pins(options.pin, made.parameters, tp)
+    return made
 
 
 def replan(model: nn.Module, example_inputs: Inputs, edited: Plan, hardware: Hardware | None = None) -> Plan:

@@ -9,7 +9,7 @@ import torch
 from plain_models import HIDDEN, IDS, Decoder
 from torch import Tensor, nn
 
-from colrow.cost_models.errors import ColrowError, MemoryCapError, UsageError
+from colrow.cost_models.errors import ColrowError, LayoutError, MemoryCapError, UsageError
 from colrow.planner import plan
 from colrow.planner.planning import example_of
 
@@ -197,3 +197,26 @@ def test_inputs_are_remembered_by_name_dtype_and_shape() -> None:
     positional = plan(Decoder(2), (IDS["ids"],), tp=2)
     assert isinstance(example_of(positional.workloads[0]), tuple)
     assert positional.parameters == made.parameters
+
+
+class Inverse(nn.Module):
+    """Its ``mix`` is a matrix that no rule can split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Parameter(torch.eye(8)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x) @ torch.linalg.inv(self.mix)
+
+
+def test_a_pin_that_no_layout_meets_is_refused() -> None:
+    inputs = (torch.ones(2, 8),)
+    assert plan(Inverse(), inputs, tp=2).layers["mix"] == "replicated"
+    with pytest.raises(LayoutError, match="mix: no exact layout .* pinned to; got replicated, need column"):
+        plan(Inverse(), inputs, tp=2, pin={"mix": "column"})
+
+
+def test_a_pin_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"pin blocks\.\*\.mpl: no parameter of the model has such a path"):
+        plan(Decoder(2), IDS, tp=2, pin={"blocks.*.mpl": "row"})
