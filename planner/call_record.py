@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -65,15 +65,47 @@ class Measured(int):
 
 
 class Shape(tuple[Measured, ...]):
-    """A tensor's shape that keeps its lengths measured (``torch.Size`` would make them plain)."""
+    """A tensor's shape that keeps its lengths measured (``torch.Size`` would make them plain) and notes which are read.
+
+    Attributes:
+        read: Receives the dims that the code looks at.
+    """
+
+    read: set[int]
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], origin: Any, read: set[int]) -> Shape:
+        """The shape of the value ``origin``."""
+        made = cls(Measured.read(n, origin, dim) for dim, n in enumerate(lengths))
+        made.read = read
+        return made
+
+    def _all(self) -> tuple[Measured, ...]:
+        self.read.update(range(len(self)))
+        return tuple(super().__iter__())
+
+    def __getitem__(self, index: Any) -> Any:
+        """One length, or a plain tuple of some."""
+        dims = range(len(self))[index]
+        self.read.update([dims] if isinstance(dims, int) else dims)
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Measured]:
+        """All lengths."""
+        return iter(self._all())
+
+    def __add__(self, other: Any) -> Any:
+        """A longer shape, as a plain tuple."""
+        return self._all() + tuple(other)
 
     def numel(self) -> int:
         """Number of elements."""
-        return Measured(math.prod(self))
+        return Measured(math.prod(self._all()))
 
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _SIZE = torch.Tensor.size
+_COUNTS = (torch.Tensor.numel, torch.Tensor.nelement, torch.numel)
 
 
 @dataclass(frozen=True)
@@ -99,15 +131,22 @@ class CallRecorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[RawCall] = []
+        self.measured: dict[Any, set[int]] = {}
+        """FX node -> dims whose length the model's code has read."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` with its tag in the tracer's current metadata."""
         if func is _SIZE or func == _SHAPE:
             lengths = func(*args, **(kwargs or {}))
             origin = _made_by(args[0], _tracer())
+            read = self.measured.setdefault(origin, set())
             if isinstance(lengths, int):
-                return Measured.read(lengths, origin, args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0))
-            return Shape(Measured.read(n, origin, dim) for dim, n in enumerate(lengths))
+                dim = (args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)) % args[0].dim()
+                read.add(dim)
+                return Measured.read(lengths, origin, dim)
+            return Shape.of(lengths, origin, read)
+        if func in _COUNTS:
+            self.measured.setdefault(_made_by(args[0], _tracer()), set()).update(range(args[0].dim()))
         module, frames = _caller()
         self.calls.append(RawCall(module, frames, func, _leaves(args, kwargs or {})))
         meta = torch.fx.traceback.current_meta

@@ -135,7 +135,9 @@ class Folding:
             if seen is None or spec != seen.spec or not all(map(_alike, leaves, seen.leaves)):
                 raise RuntimeError("a folded block is called differently from its template")
             tensors = [leaf for leaf in seen.result_leaves if isinstance(leaf, Tensor)]
-            key = self._new_key(FoldCall(fqn, template, [(tuple(t.shape), t.dtype) for t in tensors]))
+            with torch._C.DisableTorchFunction():  # these are no lengths that the model's code reads
+                shapes = [(tuple(t.shape), t.dtype) for t in tensors]
+            key = self._new_key(FoldCall(fqn, template, shapes))
             made = iter(block_marker([leaf for leaf in leaves if isinstance(leaf, Tensor)], key, "call"))
             results = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in seen.result_leaves]
             return pytree.tree_unflatten(results, seen.result_spec)

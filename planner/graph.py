@@ -67,6 +67,7 @@ class Node:
         overload: Overload name.
         template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced.
         inner_call: A second call of an operator that several calls make up.
+        measured: Dims whose length the model's code reads from this value.
         operands: Indices of the values it reads, in argument order, repeats kept.
     """
 
@@ -84,6 +85,7 @@ class Node:
     overload: str = ""
     template: int = -1
     inner_call: int = -1
+    measured: frozenset[int] = frozenset()
     operands: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .blocks import block_paths
-from .call_record import TAG, Measured, RawCall
+from .call_record import TAG, CallRecorder, Measured
 from .folding import Folding
 from .graph import LEAVES, VIEWS, Block, Call, Graph, Node, Ref, mapped
 from .head_groups import fuse_repeats
@@ -32,14 +33,14 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.co
 
 def graph_of(
     traced: torch.fx.GraphModule,
-    calls: list[RawCall],
+    recorder: CallRecorder,
     model: nn.Module,
     state: dict[str, Tensor],
     inputs: Any,
     folding: Folding,
 ) -> Graph:
-    """Turns a traced module into a `Graph`; ``calls`` are the API calls that its nodes' tags index."""
-    return _Lifting(traced, calls, model, state, inputs, folding).run()
+    """Turns a traced module into a `Graph`; ``recorder`` has the API calls that its nodes' tags index."""
+    return _Lifting(traced, recorder, model, state, inputs, folding).run()
 
 
 class _Lifting:
@@ -48,13 +49,14 @@ class _Lifting:
     def __init__(
         self,
         traced: torch.fx.GraphModule,
-        calls: list[RawCall],
+        recorder: CallRecorder,
         model: nn.Module,
         state: dict[str, Tensor],
         inputs: Any,
         folding: Folding,
     ) -> None:
-        self.traced, self.raw_calls, self.folding, self.model = traced, calls, folding, model
+        self.traced, self.raw_calls, self.folding, self.model = traced, recorder.calls, folding, model
+        self.measured = recorder.measured
         self.graph = Graph()
         self.leaf_names = _leaf_names(model, state, inputs)
         self.value: dict[torch.fx.Node, Ref | list[Ref]] = {}
@@ -65,6 +67,7 @@ class _Lifting:
         self.leaf_index: dict[str, int] = {}
         self.open_blocks: dict[str, tuple[int, int, list[int]]] = {}
         self.templates: dict[str, tuple[int, int, list[int], list[int], int]] = {}
+        self.read_inside: dict[str, list[set[int]]] = {}
         self.block_starts = block_paths(model)
 
     def run(self) -> Graph:
@@ -115,6 +118,7 @@ class _Lifting:
             made = self.value[source]  # type: ignore[index]
             if isinstance(made, list):
                 self.value[node] = made[position]  # type: ignore[index]
+                self._measure(cast(Ref, self.value[node]), self.measured.get(node, ()))
                 return
             self._append(node, "getitem", (made, position), {}, "")
             return
@@ -136,6 +140,7 @@ class _Lifting:
             same = source_node.shape == tuple(val.shape) and source_node.dtype == val.dtype
             if name in _SAME or (same and name in _SAME_IF_UNCHANGED):
                 self.value[node] = args[0]
+                self._measure(args[0], self.measured.get(node, ()))
                 return
         self._append(node, name, args, kwargs, node.target._overloadname)
         if name.endswith("_") and not name.endswith("__"):
@@ -190,8 +195,12 @@ class _Lifting:
         )
         made.module = _module_path(node)
         made.call = self._call(node)
+        made.measured = frozenset(self.measured.get(node, ()))
         self.graph.nodes.append(made)
         self.value[node] = Ref(made.index)
+
+    def _measure(self, value: Ref, dims: Iterable[int]) -> None:
+        self.graph.nodes[value.index].measured |= frozenset(dims)
 
     def _call(self, node: torch.fx.Node) -> int:
         tag = (node.meta.get("custom") or {}).get(TAG)
@@ -221,6 +230,7 @@ class _Lifting:
         indices = [r.index for r in refs]
         if part == "enter":
             self.open_blocks[call.fqn] = (len(self.graph.nodes), len(self.graph.calls), indices)
+            self.read_inside[call.fqn] = [self.measured.get(user, set()) for user in _items(node, len(refs))]
             self.value[node] = refs
         elif part == "exit":
             start, first_call, entries = self.open_blocks.pop(call.fqn)
@@ -233,6 +243,8 @@ class _Lifting:
         """Appends a copy of the template's nodes, its parameters renamed and its inputs replaced."""
         start, stop, old_entries, exits, _ = self.templates[template]
         graph = self.graph
+        for entry, dims in zip(entries, self.read_inside[template], strict=True):
+            self._measure(Ref(entry), dims)
         to: dict[int, int] = dict(zip(old_entries, entries, strict=True))
         calls: dict[int, int] = {}
 
@@ -294,6 +306,12 @@ def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list
             ("input", pytree.keystr(path).strip("[]'\"").replace("']['", ".").replace("'][", ".").replace("][", "."))
         )
     return names
+
+
+def _items(node: torch.fx.Node, count: int) -> list[torch.fx.Node | None]:
+    """The nodes that take each output of an operator with several."""
+    taken = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    return [taken.get(position) for position in range(count)]
 
 
 def _name(node: torch.fx.Node) -> str:

@@ -100,7 +100,7 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph
                 f"torch cannot trace this model on these inputs ({type(error).__name__}: {_first_line(error)})",
                 remedy="Pass other example inputs, or make the data-dependent branch static.",
             ) from error
-    graph = graph_of(traced, recorder.calls, model, state, inputs, folding)
+    graph = graph_of(traced, recorder, model, state, inputs, folding)
     graph.ties, graph.output_paths = ties, paths
     graph.assumptions.update(_assumptions(model))
     return graph
