@@ -27,7 +27,7 @@ bench: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "colrow needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[hf,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 -e '.[hf,plot,dev]'
 	touch $@
 
 clean:

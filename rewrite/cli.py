@@ -186,3 +186,27 @@ def run(**options: Any) -> None:
     from .commands import run_command
 
     run_command(**options)
+
+
+@main.group(invoke_without_command=True)
+@as_json
+@debug
+@click.pass_context
+def hardware(ctx: click.Context, as_json: bool) -> None:
+    """List the hardware profiles: what --hardware takes, and how well each is known."""
+    if ctx.invoked_subcommand is None:
+        from .hardware_command import hardware_command
+
+        hardware_command(as_json)
+
+
+@hardware.command("show")
+@click.argument("name", metavar="NAME|FILE")
+@click.option("--out", type=click.Path(dir_okay=False), help="Also draw the charts into this .png or .svg.")
+@as_json
+@debug
+def show_hardware(**options: Any) -> None:
+    """Plot a profile's collectives, time against size, with sources and errors."""
+    from .hardware_command import show_hardware_command
+
+    show_hardware_command(**options)

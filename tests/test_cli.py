@@ -64,7 +64,9 @@ def saved(cwd):
 # ---- without a command's work
 
 
-@pytest.mark.parametrize("arguments", [[], ["plan"], ["show"], ["check"], ["verify"], ["run"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["plan"], ["show"], ["check"], ["verify"], ["run"], ["hardware"], ["hardware", "show"]]
+)
 def test_help_does_not_import_torch(arguments):
     code = (
         "import sys; from colrow.rewrite.cli import main; main([*sys.argv[1:], '--help'], standalone_mode=False);"

@@ -1,0 +1,84 @@
+"""`colrow hardware`: profiles, how well each is known, and the curves of one."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import pytest
+from click.testing import CliRunner
+
+from colrow.cost_models.communication import COLLECTIVE_KINDS
+from colrow.cost_models.hardware import hardware_names, load_hardware
+from colrow.rewrite.cli import main
+
+
+def colrow(*arguments, code=0):
+    result = CliRunner().invoke(main, ["hardware", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_the_list_has_every_profile():
+    printed = colrow().stdout
+    found = json.loads(colrow("--json").stdout)
+    assert found["schema"] == "colrow.hardware_list/1"
+    assert [profile["name"] for profile in found["profiles"]] == hardware_names()
+    assert all(name in printed for name in hardware_names())
+
+
+def test_a_profile_says_what_is_measured_and_what_is_structural():
+    found = {profile["name"]: profile for profile in json.loads(colrow("--json").stdout)["profiles"]}
+    for name, profile in found.items():
+        groups = [g for kind in COLLECTIVE_KINDS for g in getattr(load_hardware(name).collectives, kind).groups]
+        assert profile["measured_curves"] == sum(group.basis == "measured" for group in groups)
+        assert profile["measured_curves"] + profile["structural_curves"] == len(groups)
+        assert (profile["median_rel_error"] is None) == (profile["measured_curves"] == 0)
+
+
+def test_show_has_a_chart_a_source_and_an_error_for_every_kind():
+    printed = colrow("show", "a100-sxm").stdout
+    profile = load_hardware("a100-sxm")
+    assert profile.source.split()[0] in printed
+    for kind in COLLECTIVE_KINDS:
+        assert f"{kind} on a100-sxm" in printed
+    for group in profile.collectives.all_reduce.groups:
+        assert f"{group.size} ranks: {group.basis}" in printed
+
+
+def test_show_in_json_has_the_curves_and_marks_what_is_beyond_the_measurements():
+    found = json.loads(colrow("show", "h100-sxm", "--json").stdout)
+    assert found["schema"] == "colrow.hardware_show/1"
+    profile = load_hardware("h100-sxm")
+    curves = {(curve["kind"], curve["size"]): curve["points"] for curve in found["curves"]}
+    assert {kind for kind, _ in curves} == set(COLLECTIVE_KINDS)
+    assert ("all_reduce", 16) in curves  # two nodes
+    for point in curves["all_reduce", 8]:
+        assert point["seconds"] == profile.collective_s("all_reduce", point["bytes"], 8)
+    assert {point["within_measured_range"] for point in curves["all_reduce", 8]} == {True, False}
+    assert not any(point["within_measured_range"] for point in curves["all_reduce", 16])
+
+
+def test_show_takes_a_file_and_draws(cwd):
+    pytest.importorskip("matplotlib")
+    text = (resources.files("colrow.cost_models") / "profiles" / "gloo-cpu.json").read_text()
+    (cwd / "mine.json").write_text(text.replace('"name": "gloo-cpu"', '"name": "mine"'))
+    ran = colrow("show", "mine.json", "--out", "mine.svg")
+    assert "all_reduce on mine" in ran.stdout
+    assert "charts written to mine.svg" in ran.stderr
+    assert (cwd / "mine.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "tpu"], "unknown profile; got 'tpu'"),
+        (["show", "nothing.json"], "cannot read the hardware profile"),
+        (["show", "gloo-cpu", "--out", "x.gif"], "need .png or .svg"),
+        (["show", "gloo-cpu", "--out", "no/such/x.png"], "no such folder"),
+    ],
+)
+def test_wrong_use_exits_2_in_one_line(cwd, arguments, words):
+    result = colrow(*arguments, code=2)
+    assert words in result.stderr
+    assert (result.stdout, result.stderr.count("\n")) == ("", 1)
