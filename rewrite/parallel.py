@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from colrow.cost_models.errors import PlanFileError, UsageError
 from colrow.planner.blocks import block_paths, outermost
@@ -21,6 +20,7 @@ from colrow.planner.formulation import RETURNED
 from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan
 from colrow.planner.sites import Frame, Site
+from colrow.planner.suitability import refuse_unsuitable
 
 from .agreement import together
 from .bodies import edit_module
@@ -28,10 +28,12 @@ from .checkpoint import check_checkpoint, load_checkpoint
 from .clones import Replacement
 from .collectives import all_reduce, apply_move
 from .groups import TpGroup, group_of, tp_mesh
+from .identity import identity
 from .ranks import agree
 from .regions import install_regions
 from .replacements import replacement
 from .storage import ParameterSpec, store
+from .undoing import all_or_nothing
 from .validation import meta_copy, validate, with_local_shapes
 
 
@@ -46,8 +48,9 @@ def parallelize(
         mesh: Its dim named "tp", else a 1-D mesh; None: the default process group.
         checkpoint: Directory of safetensors files; only this rank's slices are read.
 
-    Raises:
+    Raises (on every rank of the group, and the model is as it was):
         UsageError: No group, or one of another size; a model that is dispatched, quantised or rewritten already.
+        RankError: Another rank has another plan, did not come, or failed.
         PlanFileError: The plan was made for another model.
         SourceError: A tensor of the checkpoint is missing or misshapen.
         ValidationError: The rewritten model is not the planned one.
@@ -55,20 +58,21 @@ def parallelize(
     axis, group = tp_mesh(mesh), group_of(mesh)
     _agree(plan, group)
     together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
+    with all_or_nothing(model):
+        together(lambda: edit_bodies(model, plan.calls, group), group, "parallelize")
+        stored = store(model, [spec_of(p.edit) for p in plan.parameters], axis)
+        if checkpoint is not None:
+            load_checkpoint(model, stored, checkpoint, axis)
+        install_regions(model, outermost(block_paths(model)), stored, group)
+        if plan.inputs:
+            model.register_forward_pre_hook(InputGradients(plan.inputs, group), with_kwargs=True)
+        if plan.outputs:
+            model.register_forward_hook(OutputGradients(plan.outputs, group))
     _same_random_state(group)
-    stored = store(model, [spec_of(p.edit) for p in plan.parameters], axis)
-    if checkpoint is not None:
-        load_checkpoint(model, stored, checkpoint, axis)
-    edit_bodies(model, plan.calls, group)
-    install_regions(model, outermost(block_paths(model)), stored, group)
-    if plan.inputs:
-        model.register_forward_pre_hook(InputGradients(plan.inputs, group), with_kwargs=True)
-    if plan.outputs:
-        model.register_forward_hook(OutputGradients(plan.outputs, group))
     return model
 
 
-_validated: set[tuple[str, str]] = set()
+_validated: set[tuple[str, str]] = set()  # digests of plans, and identities of models
 _validating = threading.Lock()
 
 
@@ -88,21 +92,27 @@ def _agree(plan: Plan, group: TpGroup) -> None:
 def _same_random_state(group: TpGroup) -> None:
     """All ranks go on from the first one's random state: what is drawn outside split regions must be the same
     everywhere."""
-    state = torch.get_rng_state()
-    mine = state if group.rank == 0 else torch.zeros_like(state)
-    device = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
-    torch.set_rng_state(all_reduce(mine.to(torch.int32).to(device), group).to("cpu", torch.uint8))
+    on_gpu = torch.cuda.is_available() and torch.distributed.get_backend() == "nccl"
+
+    def common(state: Tensor) -> Tensor:
+        mine = (state if group.rank == 0 else torch.zeros_like(state)).to(torch.int32)
+        return all_reduce(mine.to("cuda" if on_gpu else "cpu"), group).to("cpu", torch.uint8)
+
+    torch.set_rng_state(common(torch.get_rng_state()))
+    if on_gpu:
+        torch.cuda.set_rng_state(common(torch.cuda.get_rng_state()))
 
 
 def _check(model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None) -> None:
-    """Everything that can be refused, before anything is changed. A plan is validated once per process."""
-    _refuse_unsuitable(model)
+    """Everything that can be refused, before anything is changed. A plan is validated once per process, for models
+    that are alike."""
+    refuse_unsuitable(model)
     check_same_model(model, plan)
     if checkpoint is not None:
         check_checkpoint(model, checkpoint)
     elif any(p.is_meta for p in model.parameters()):
         raise UsageError(type(model).__name__, "the weights are on meta", remedy="Pass checkpoint=DIRECTORY.")
-    key = (plan.digest, f"{type(model).__module__}.{type(model).__qualname__}")
+    key = (plan.digest, identity(model))
     with _validating:
         if key not in _validated:
             edited = with_local_shapes(model, plan)
@@ -156,16 +166,6 @@ class OutputGradients:
 
 
 _COPY = Move("identity", "all_reduce")
-
-
-def _refuse_unsuitable(model: nn.Module) -> None:
-    where = type(model).__name__
-    if getattr(model, "hf_device_map", None):
-        raise UsageError(where, "the model is dispatched by a device_map", remedy="Load it without device_map.")
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        raise UsageError(where, "the weights are quantised", remedy="Load them in a floating-point dtype.")
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise UsageError(where, "the model is parallel already", remedy="Build it anew.")
 
 
 def edit_bodies(model: nn.Module, calls: Mapping[Site, CallEdit], group: TpGroup) -> None:
