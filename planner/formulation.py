@@ -303,17 +303,17 @@ class _Builder:
             self.factors.append(Factor((variable,), np.array(table, dtype=np.int64)))
 
     def _hidden_states(self) -> None:
-        """Between blocks the hidden state is not split: that is sequence parallelism's, or pure time's, to choose."""
+        """Between blocks the hidden state is not split but along the sequence: that is pure time's to choose."""
         if self.options.replicate != "never":
             return
         crossings = crossing(self.graph)
         hidden = hidden_bytes(self.graph, crossings)
         for index in crossings:
             domain = self.out.domain(index)
-            if self.graph.nodes[index].nbytes == hidden and any(isinstance(s, Shard) for s in domain):
+            if self.graph.nodes[index].nbytes == hidden and any(map(_is_cut, domain)):
                 key = ("hidden", self._id(domain))
                 if key not in self.unary:
-                    column = [GATHER_PENALTY_PS * isinstance(s, Shard) for s in domain]
+                    column = [GATHER_PENALTY_PS * _is_cut(s) for s in domain]
                     self.unary[key] = np.array(column, dtype=np.int64)
                 self.factors.append(Factor((self.out.variable[index],), self.unary[key]))
 
@@ -379,6 +379,11 @@ def _passes(value: Node, stored: Stored, made: Stored) -> int:
     single = made[0] if isinstance(made, tuple) else made
     fine = isinstance(stored, Replicate) and (not value.differentiable or stored == single)
     return 0 if fine else INFEASIBLE
+
+
+def _is_cut(stored: Stored) -> bool:
+    """Split, and not along the sequence."""
+    return isinstance(stored, Shard) and not stored.layout.elastic
 
 
 def _is_summed(stored: Stored) -> bool:

@@ -60,9 +60,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one dim is split over the ranks: a concatenation of segments."""
+    """How one dim is split over the ranks: a concatenation of segments.
+
+    Attributes:
+        segments: In order.
+        elastic: The dim's length is not known before the run (a sequence): whatever it is, it is cut into equal
+            consecutive blocks; the segments are those of the length planned with.
+    """
 
     segments: tuple[Segment, ...]
+    elastic: bool = False
 
     @property
     def size(self) -> int:
@@ -82,7 +89,7 @@ class Layout:
     @property
     def is_even(self) -> bool:
         """One segment cut into equal consecutive blocks: what DTensor's ``Shard`` can carry as it is."""
-        return self == even(self.size, self.ranks)
+        return self.segments == even(self.size, self.ranks).segments
 
     @property
     def is_padded(self) -> bool:

@@ -73,7 +73,7 @@ def plan(
     profile = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
     graph = trace(model, example_inputs)
     workload = _workload(phase, example_inputs, context)
-    options = Options(replicate=replicate, pin=dict(pin or {}), editable=can_edit)
+    options = Options(replicate=replicate, pin=dict(pin or {}), sequence_parallel=sequence_parallel, editable=can_edit)
     try:
         made = plan_graph(graph, type(model).__name__, tp, profile, workload, options, memory_gb)
     except MemoryCapError as error:
@@ -117,7 +117,12 @@ def recheck(graph: Graph, edited: Plan, hardware: Hardware) -> tuple[Formulation
     missing = sorted({n.fqn for n in graph.nodes if n.op == "parameter"} ^ set(parameters))
     if missing:
         raise Infeasible(missing[0], "the plan and the model do not have the same parameters", remedy="Plan again.")
-    options = Options(replicate=edited.options["replicate"], fixed_calls=edited.calls, fixed_parameters=parameters)
+    options = Options(
+        replicate=edited.options["replicate"],
+        sequence_parallel=edited.options["sequence_parallel"],
+        fixed_calls=edited.calls,
+        fixed_parameters=parameters,
+    )
     try:
         formulation = formulate(graph, pricing, options)
         solution = solve(formulation.problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .candidates import Candidates
 from .edits import CallEdit, ParameterEdit
@@ -12,6 +13,7 @@ from .local_operators import leaves_of
 from .moves import Move, move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Shard
 from .roles import BlockOf, Weight
+from .sequence import is_read, sequence_splits
 from .sites import Frame, Site
 from .strategies import Fixed, Setting
 
@@ -25,6 +27,8 @@ class Options:
     Attributes:
         replicate: ``never`` or ``auto`` (pure time).
         pin: fnmatch pattern of a parameter or module path -> placement word.
+        sequence_parallel: Split the sequence between matmuls wherever it can be (True), where it is faster
+            (``auto``), or not.
         memory_cap: Bytes per rank for what the memory factors count.
         editable: Reason why a call site cannot be edited; None if it can.
         frozen: Sites (module, frames) that must not be edited.
@@ -34,6 +38,7 @@ class Options:
 
     replicate: str = "never"
     pin: Mapping[str, str] = field(default_factory=dict)
+    sequence_parallel: bool | Literal["auto"] = False
     memory_cap: int | None = None
     editable: Callable[[tuple[Frame, ...]], str | None] = lambda frames: None
     frozen: frozenset[object] = frozenset()
@@ -56,6 +61,7 @@ class Settings:
     ) -> None:
         self.graph, self.options, self.ranks, self.found = graph, options, ranks, found
         self.same, self.weights, self.gather_ps = same, weights, gather_ps
+        self.sequences = sequence_splits(graph, ranks) if options.sequence_parallel and ranks > 1 else {}
         self.users, self.block_of = graph.users(), BlockOf(graph)
         self.call_nodes: dict[int, list[int]] = {}
         for node in graph.nodes:
@@ -81,10 +87,15 @@ class Settings:
         never = self.options.replicate == "never"
         gather = self.gather_ps if never and self.block_of(node.module) else 0
         fixed = self._fixed(node, operands, movable, editable)
+        sequence = self.sequences.get(node.shape) if movable and node.differentiable else None
+        if is_read(node, sequence):
+            sequence = None
         return Setting(
             movable,
             convertible,
             editable,
+            sequence,
+            self.gather_ps // 4 if sequence is not None and self.options.sequence_parallel is True else 0,
             gather,
             self.gather_ps // 2 if never else 0,
             self._births(node, editable),

@@ -30,6 +30,7 @@ from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replica
 from .pricing import Cost, Pricing
 from .rules import RULES, Operation
 from .rules.products import FACTORS
+from .sequence import is_elastic, is_read, keeps_tokens
 
 Stored = Placement | tuple[Placement, ...]
 Fixed = tuple[tuple[Move | None, ...], Move | None]
@@ -78,6 +79,8 @@ class Setting:
         movable: The result may be moved where it is made.
         convertible: Per operand (distinct, in order): a reader may change it locally.
         editable: Its call may be edited.
+        sequence: How the result may be split along the sequence.
+        reduce_ps: Price of an all_reduce of a result that may be, beside its time.
         gather_ps: Price of gathering the result, beside its time.
         slice_ps: Price of cutting a replicated activation for one reader, beside its time.
         births: Splits of dims that the operator makes out of length 1, each rank making its part only.
@@ -87,6 +90,8 @@ class Setting:
     movable: bool
     convertible: tuple[bool, ...]
     editable: bool = False
+    sequence: Shard | None = None
+    reduce_ps: int = 0
     gather_ps: int = 0
     slice_ps: int = 0
     births: tuple[Shard, ...] = ()
@@ -144,7 +149,7 @@ def choices(
         if setting.fixed is not None and tuple(c.move for c in combination) != setting.fixed[0]:
             continue
         base = apply_rule(graph, node, placed)
-        if base is None or isinstance(local_form(node, call, placed, base), str):
+        if base is None or not keeps_tokens(node, placed, base) or isinstance(local_form(node, call, placed, base), str):
             continue
         if _sums_padding(graph, node, placed, base):
             continue
@@ -266,41 +271,53 @@ def tabulate(
         for made, price in best.items():
             order.setdefault(made)
             found.append((index, made, price))
-    domain = stored_domain(node, list(order), setting.movable)
+    domain = stored_domain(node, list(order), setting)
     table = np.full((*(len(d) for d in domains), len(domain)), INFEASIBLE, dtype=np.int64)
     moves = {(made, target): price_move(node, made, target, setting, pricing) for made in order for target in domain}
     for index, made, price in found:
         for at, target in enumerate(domain):
             extra = moves[(made, target)]
             if extra is not None:
-                total = price + pricing.weighed(extra) + (setting.gather_ps if is_gather(made, target) else 0)
+                total = price + pricing.weighed(extra) + beside_time(made, target, setting)
                 table[(*index, at)] = min(table[(*index, at)], total)
     return Choices(domain, table)
 
 
-def stored_domain(node: Node, made: Sequence[Stored], movable: bool) -> Domain:
+def stored_domain(node: Node, made: Sequence[Stored], setting: Setting) -> Domain:
     """What a value made in one of ``made`` may be stored as: replicated first, then split, then partial."""
+    movable = setting.movable
     targets: dict[Stored, None] = dict.fromkeys(made)
+    if setting.sequence is not None and made:
+        targets[setting.sequence] = None
     if movable and node.dtype.is_floating_point and not node.outputs and made:
         targets[WHOLE] = None
         if node.differentiable:
             targets[PARTIAL_GRAD] = None
     elif movable and not node.outputs and any(isinstance(m, Shard) for m in made):
         targets[WHOLE] = None
-    return tuple(sorted(targets, key=_preference))
+    return tuple(sorted((t for t in targets if not is_read(node, t)), key=_preference))
 
 
 def cuts(graph: Graph, node: Node, combination: Sequence[Conversion]) -> int:
-    """How many activations are cut for this reader."""
+    """How many activations are cut for this reader, otherwise than along the sequence."""
     return sum(
-        c.move is not None and c.move.forward == "slice" and graph.nodes[i].differentiable
+        c.move is not None
+        and c.move.forward == "slice"
+        and not is_elastic(c.effective)
+        and graph.nodes[i].differentiable
         for i, c in zip(reads(node), combination, strict=True)
     )
 
 
-def is_gather(made: Stored, target: Stored) -> bool:
-    """Whether storing is an all_gather."""
-    return isinstance(made, Shard) and isinstance(target, Replicate)
+def beside_time(made: Stored, target: Stored, setting: Setting) -> int:
+    """What storing costs beside its time: gathers of what should stay split, all_reduces where the sequence may be
+    split."""
+    if made == target or isinstance(made, tuple) or isinstance(target, tuple):
+        return 0
+    if isinstance(made, Shard) and isinstance(target, Replicate) and not made.layout.elastic:
+        return setting.gather_ps
+    step = move(made, target) if setting.reduce_ps else None
+    return setting.reduce_ps * [step.forward, step.backward].count("all_reduce") if step is not None else 0
 
 
 def _preference(stored: Stored) -> int:
@@ -325,7 +342,7 @@ def price_move(node: Node, made: Stored, target: Stored, setting: Setting, prici
         return Cost()
     if not setting.movable or isinstance(made, tuple) or isinstance(target, tuple):
         return None
-    if isinstance(made, (Replicate, Partial)) and isinstance(target, (Partial, Shard)):
+    if isinstance(made, (Replicate, Partial)) and isinstance(target, (Partial, Shard)) and target != setting.sequence:
         return None  # splitting the values between matmuls is sequence parallelism, which is asked for
     if not node.differentiable and isinstance(target, Replicate) and target.partial_grad:
         return None
@@ -352,7 +369,7 @@ def best_choice(
         if extra is None:
             continue
         price = pricing.weighed(compute + changes) + pricing.weighed(extra)
-        price += setting.gather_ps if is_gather(made, result) else 0
+        price += beside_time(made, result, setting)
         price += setting.slice_ps * cuts(graph, node, combination)
         if best is None or price < best[0]:
             step = None if isinstance(made, tuple) or isinstance(result, tuple) else move(made, result)

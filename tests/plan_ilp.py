@@ -20,7 +20,7 @@ from colrow.planner.graph import Node
 from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
 from colrow.planner.roles import BlockOf, crossing, hidden_bytes
-from colrow.planner.strategies import Stored, choices, cuts, is_gather, is_leaf, price_move, reads
+from colrow.planner.strategies import Stored, choices, beside_time, cuts, is_leaf, price_move, reads
 
 
 class PlanIlp:
@@ -90,7 +90,7 @@ class PlanIlp:
                 for target in self.of.domain(node.index):
                     moved = price_move(node, made, target, setting, self.pricing)
                     if moved is not None:
-                        gather = setting.gather_ps if is_gather(made, target) else 0
+                        gather = beside_time(made, target, setting)
                         yield stored, target, here + self.pricing.weighed(moved) + gather
 
     def _operator(self, node: Node) -> None:
