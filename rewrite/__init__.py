@@ -6,13 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint import read_report
     from .counting import count_collectives
     from .parallel import parallelize
     from .verification import verify
 
-__all__ = ["count_collectives", "parallelize", "verify"]
+__all__ = ["count_collectives", "parallelize", "read_report", "verify"]
 
-_HOMES = {"count_collectives": ".counting", "parallelize": ".parallel", "verify": ".verification"}
+_HOMES = {
+    "count_collectives": ".counting",
+    "parallelize": ".parallel",
+    "read_report": ".checkpoint",
+    "verify": ".verification",
+}
 
 
 def __getattr__(name: str) -> Any:

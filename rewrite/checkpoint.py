@@ -14,7 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,16 +33,17 @@ from .slices import pieces
 from .storage import ParameterSpec, owners, parameter
 
 INDEX = "model.safetensors.index.json"
+FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors names dtypes; narrower ones come with scales
 SHARD_BYTES = 5_000_000_000  # a file's size at most, as transformers writes them
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a checkpoint: its file and shape."""
+    """A tensor in a checkpoint: its file, shape, and dtype as safetensors names it."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str = "F32"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def tensors_in(directory: str | Path) -> dict[str, Stored]:
         try:
             with safe_open(file, framework="pt") as opened:
                 names = opened.keys()  # it is no dict and cannot be iterated
-                found |= {name: Stored(file, tuple(opened.get_slice(name).get_shape())) for name in names}
+                found |= {name: _stored(file, opened.get_slice(name)) for name in names}
         except (SafetensorError, OSError) as error:
             raise SourceError(
                 str(file), f"not a readable safetensors file: {error}", remedy="Download it again."
@@ -101,6 +103,10 @@ def tensors_in(directory: str | Path) -> dict[str, Stored]:
         if name not in found or found[name].file.name != Path(file_name).name:
             raise SourceError(str(folder / file_name), f"{INDEX} says that {name} is in it, but it is not")
     return found
+
+
+def _stored(file: Path, header: Any) -> Stored:
+    return Stored(file, tuple(header.get_shape()), str(header.get_dtype()))
 
 
 def check_checkpoint(
@@ -118,15 +124,18 @@ def check_checkpoint(
         that is.
 
     Raises:
-        SourceError: As ``tensors_in``; a tensor is missing, misshapen or unknown (each message names tensor and file).
+        SourceError: As ``tensors_in``; a tensor is missing, misshapen, quantised or unknown (each message names tensor
+            and file).
     """
     found = tensors_in(directory)
     names: dict[int, list[str]] = {}
     shapes: dict[int, tuple[int, ...]] = {}
+    floating: dict[int, bool] = {}
     for name, value in wanted(model):
         spec = (plan or {}).get(name)
         names.setdefault(id(value), []).append(name)
         shapes[id(value)] = tuple(spec.dense_shape(value.shape) if spec else value.shape)
+        floating[id(value)] = value.is_floating_point()
     taken: dict[str, tuple[str, Stored]] = {}
     for key, tied in names.items():
         held = [name for name in tied if name in found]
@@ -139,6 +148,14 @@ def check_checkpoint(
                 remedy="Is this the checkpoint of this model?",
             )
         for name in held:
+            if floating[key] and found[name].dtype not in FLOATING:
+                raise SourceError(
+                    str(found[name].file),
+                    f"{name} is quantised",
+                    got=found[name].dtype,
+                    need=" or ".join(FLOATING),
+                    remedy="Use the original checkpoint, or convert this one.",
+                )
             if found[name].shape != shapes[key]:
                 raise SourceError(
                     str(found[name].file), f"{name} has another shape", got=found[name].shape, need=shapes[key]
@@ -179,12 +196,30 @@ def load_checkpoint(
         What was read, on this rank.
 
     Raises:
-        SourceError: As ``check_checkpoint``, on every rank if on one, before a parameter is touched; or a buffer is
-            on meta that no
-            checkpoint holds and the model cannot recompute.
+        SourceError: On every rank if on one: as ``check_checkpoint``, before a parameter is touched; a tensor cannot
+            be read; or a buffer is on meta that no checkpoint holds and the model cannot recompute.
     """
     group, device = group_of(mesh), torch.device(mesh.device_type)
     taken = together(lambda: check_checkpoint(model, directory, plan), group, str(directory), SourceError)
+    report = together(lambda: _fill(model, plan, taken, mesh, group.rank), group, str(directory), SourceError)
+    together(lambda: recompute_buffers(model, device), group, str(directory), SourceError)
+    _reports[model] = report
+    return report
+
+
+_reports: WeakKeyDictionary[nn.Module, ReadReport] = WeakKeyDictionary()
+
+
+def read_report(model: nn.Module) -> ReadReport | None:
+    """What this rank read when ``model`` was filled from a checkpoint; None if it was not, or is a copy."""
+    return _reports.get(model)
+
+
+def _fill(
+    model: nn.Module, plan: dict[str, ParameterSpec], taken: dict[str, tuple[str, Stored]], mesh: DeviceMesh, rank: int
+) -> ReadReport:
+    """Read this rank's part of every tensor that ``taken`` names into the model."""
+    device = torch.device(mesh.device_type)
     targets: dict[int, str] = {}
     read = total = 0
     made: dict[int, nn.Parameter] = {}
@@ -194,7 +229,7 @@ def load_checkpoint(
         if first == fqn:
             spec, local = plan[fqn], value._local_tensor
             block = torch.empty_like(local, device=device if local.is_meta else local.device)
-            mine, whole_bytes = read_block(*taken[fqn], spec, group.rank, block)
+            mine, whole_bytes = read_block(*taken[fqn], spec, rank, block)
             read, total = read + mine, total + whole_bytes
             if local.is_meta:
                 made[id(value)] = parameter(block, spec, mesh, value.requires_grad)
@@ -207,10 +242,9 @@ def load_checkpoint(
             key = f"{path}.{name}" if path else name
             if buffer is not None and key in taken:
                 full = torch.empty_like(buffer, device=device if buffer.is_meta else buffer.device)
-                mine, whole_bytes = read_block(*taken[key], ParameterSpec(key), group.rank, full)
+                mine, whole_bytes = read_block(*taken[key], ParameterSpec(key), rank, full)
                 read, total = read + mine, total + whole_bytes
                 module._buffers[name] = full
-    recompute_buffers(model, device)
     return ReadReport(read, total, len(taken))
 
 
@@ -222,7 +256,19 @@ def read_block(name: str, stored: Stored, spec: ParameterSpec, rank: int, block:
 
     Returns:
         Bytes taken, and bytes of the whole tensor.
+
+    Raises:
+        SourceError: Names the file and the tensor.
     """
+    try:
+        return _read_block(name, stored, spec, rank, block)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise SourceError(
+            str(stored.file), f"{name} cannot be read: {error}", remedy="Did the file change in the meantime?"
+        ) from error
+
+
+def _read_block(name: str, stored: Stored, spec: ParameterSpec, rank: int, block: Tensor) -> tuple[int, int]:
     with safe_open(stored.file, framework="pt") as opened:
         lazy = opened.get_slice(name)
         if spec.encoding == "whole" or not stored.shape:

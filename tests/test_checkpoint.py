@@ -12,8 +12,9 @@ from torch import nn
 
 from colrow.cost_models.errors import SourceError
 from colrow.planner.layout import balanced
+from colrow.rewrite import checkpoint as checkpoint_module
 from colrow.rewrite.buffers import recompute_buffers
-from colrow.rewrite.checkpoint import INDEX, check_checkpoint, load_checkpoint, save_dense, tensors_in
+from colrow.rewrite.checkpoint import INDEX, check_checkpoint, load_checkpoint, read_report, save_dense, tensors_in
 from colrow.rewrite.groups import group_of, tp_mesh
 from colrow.rewrite.ranks import run_ranks
 from colrow.rewrite.regions import install_regions
@@ -63,6 +64,7 @@ def test_load_and_save(checkpoint, size, meta):
         with torch.no_grad():
             torch.testing.assert_close(model(inputs()), DENSE(inputs()), rtol=1e-12, atol=1e-12)
         save_dense(model, checkpoint / "again", group_of(None))
+        assert read_report(model) == report and read_report(copy.deepcopy(model)) is None
         return report
 
     reports = run_ranks(run, size)
@@ -137,6 +139,11 @@ def misshapen(folder):
     return r"model.safetensors: norm.weight has another shape; got \(9,\), need \(8,\)"
 
 
+def quantised(folder):
+    save_file(STATE | {"blocks.0.up.weight": STATE["blocks.0.up.weight"].to(torch.int8)}, folder / "model.safetensors")
+    return "model.safetensors: blocks.0.up.weight is quantised; got I8, need F64 or F32"
+
+
 def unknown(folder):
     save_file(STATE | {"norm.scale": torch.ones(8)}, folder / "model.safetensors")
     return "model.safetensors: norm.scale is not in the model"
@@ -174,7 +181,8 @@ def wrong_index(folder):
 
 
 @pytest.mark.parametrize(
-    "spoil", [missing, missing_tied, misshapen, unknown, truncated, no_files, no_index, no_shard, wrong_index]
+    "spoil",
+    [missing, missing_tied, misshapen, quantised, unknown, truncated, no_files, no_index, no_shard, wrong_index],
 )
 def test_a_bad_checkpoint_changes_nothing(spoil, tmp_path):
     message = spoil(tmp_path)
@@ -202,6 +210,27 @@ def test_a_checkpoint_that_one_rank_cannot_read_is_refused_on_all(checkpoint, tm
 
     first, second = run_ranks(run, 2, "gloo")
     assert "no such directory" in first and "another rank failed here" in second
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_file_that_goes_away_while_it_is_read_is_refused_on_all(checkpoint, meta, monkeypatch):
+    def run():
+        real, reads = checkpoint_module._read_block, []
+
+        def broken(name, *rest):
+            reads.append(name)
+            if torch.distributed.get_rank() == 1 and len(reads) == 3:
+                raise OSError("no such device")
+            return real(name, *rest)
+
+        monkeypatch.setattr(checkpoint_module, "_read_block", broken)
+        with pytest.raises(SourceError) as caught:
+            loaded(checkpoint, 2, meta)
+        return str(caught.value)
+
+    first, second = run_ranks(run, 2, "gloo")
+    assert "another rank failed here" in first
+    assert "model.safetensors: " in second and "cannot be read: no such device" in second
 
 
 def test_saving_into_a_file_is_refused_on_all_ranks(tmp_path):
