@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import cached_property, lru_cache
 from importlib import resources
 from importlib.resources.abc import Traversable
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,12 +21,10 @@ from pydantic_core import ErrorDetails
 from .communication import (
     COLLECTIVE_KINDS,
     CollectiveKind,
-    Curve,
-    between_sizes,
-    inter_node_s,
 )
 from .errors import HardwareError
 from .profile import Collective, Collectives, Compute, Date, InterNode, Link, Memory, Strict, Text
+from .routes import CurveKey, Prediction, Route, route_of
 
 SCHEMA = "colrow.hardware/1"
 PROFILE_REMEDY = "Compare with a profile that ships with colrow (cost_models/profiles)."
@@ -77,9 +74,15 @@ class Hardware(Strict):
     eager_dispatch_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)] | None = None
     launch_source: Text
 
+    @property
+    def basis(self) -> Literal["measured", "structural"]:
+        """Whether any collective was measured, or all were derived from the links."""
+        groups = [group for kind in COLLECTIVE_KINDS for group in self._collective(kind).groups]
+        return "measured" if any(group.basis == "measured" for group in groups) else "structural"
+
     @cached_property
-    def curves(self) -> dict[tuple[str, int], Curve]:
-        """Curves built so far by (kind, size). A plain attribute: pydantic's private ones cost 2 us an access."""
+    def curves(self) -> dict[CurveKey, Route]:
+        """Curves built so far. A plain attribute: pydantic's private ones cost 2 us an access."""
         return {}
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -87,7 +90,9 @@ class Hardware(Strict):
         state = super().__getstate__()
         return {**state, "__dict__": {key: value for key, value in state["__dict__"].items() if key != "curves"}}
 
-    def collective_s(self, kind: str, nbytes: int, size: int) -> float:
+    def collective_s(
+        self, kind: str, nbytes: float, size: int, implementation: str = "library", nodes: int | None = None
+    ) -> float:
         """Predicted seconds of one collective.
 
         Args:
@@ -95,33 +100,45 @@ class Hardware(Strict):
             nbytes: Bytes of the whole, unsharded tensor over all ranks (nccl-tests' message size, except that an
                 all_to_all also counts all ranks), at least 0.
             size: Ranks in the group. 1 costs nothing.
+            implementation: Who runs it (`profile.Implementation`); see `implementations`.
+            nodes: Nodes the group is spread over; None for as few as hold it.
 
         Raises:
-            HardwareError: An unknown kind, negative ``nbytes``, ``size`` below 1, or a group larger than a node on a
-                profile without ``inter_node``.
+            HardwareError: An unknown kind or implementation, negative ``nbytes``, ``size`` below 1, or a group that
+                the profile has neither a curve nor a link for.
         """
-        curve = self.curves.get((kind, size))
-        if curve is None:
+        route = self.curves.get((kind, size, implementation, nodes))
+        if route is None:
             if size == 1 and kind in COLLECTIVE_KINDS:
                 return 0.0
-            curve = self.curves[(kind, size)] = self._curve(kind, size)
+            route = self._remembered(kind, size, implementation, nodes)
         if nbytes < 0:
             raise HardwareError("nbytes", "a message cannot be negative", got=nbytes, need="0 or more")
-        return curve(nbytes)
+        return route.seconds(nbytes)
 
-    def predicts_within(self, kind: str, nbytes: int, size: int) -> bool:
+    def predict(
+        self, kind: str, nbytes: float, size: int, implementation: str = "library", nodes: int | None = None
+    ) -> Prediction:
+        """`collective_s` with its parts and where it comes from; arguments and errors as there."""
+        seconds = self.collective_s(kind, nbytes, size, implementation, nodes)
+        if size == 1:
+            return Prediction(0.0, 0.0, "measured", None, "")
+        route = self._remembered(kind, size, implementation, nodes)
+        empty_s = min(route.seconds(0), seconds)
+        return Prediction(empty_s, seconds - empty_s, route.basis, route.rel_error, route.finding(nbytes))
+
+    def predicts_within(self, kind: str, nbytes: float, size: int, implementation: str = "library") -> bool:
         """Whether `collective_s` interpolates a measurement of exactly this kind and group size.
 
         False outside the measured range of sizes, for group sizes between or beyond measured ones, and for curves
         that a formula derived (``basis: structural``). A group of one is always within.
         """
-        groups = self._collective(kind).groups
-        if size == 1:
-            return True
-        return any(
-            group.size == size and group.basis == "measured" and group.min_bytes <= nbytes <= group.max_bytes
-            for group in groups
-        )
+        self._collective(kind)
+        return size == 1 or not self._remembered(kind, size, implementation, None).finding(nbytes)
+
+    def implementations(self, kind: str) -> list[str]:
+        """Implementations the profile has curves of."""
+        return ["library", *(alternative.name for alternative in self._collective(kind).alternatives)]
 
     def _collective(self, kind: str) -> Collective:
         if kind not in COLLECTIVE_KINDS:
@@ -129,42 +146,13 @@ class Hardware(Strict):
         collective: Collective = getattr(self.collectives, kind)
         return collective
 
-    def _curve(self, kind: str, size: int) -> Curve:
-        """Build the curve of one kind and group size; see `communication` for the formulas."""
-        groups = self._collective(kind).groups
-        if size < 2:
-            raise HardwareError("size", "not a group size", got=size, need="1 or more")
-        if size > self.ranks_per_node:
-            return self._curve_across_nodes(kind, size)
-        above = next((group for group in groups if group.size >= size), None)
-        if above is None or (size < groups[0].size):
-            raise HardwareError(
-                f"hardware {self.name}",
-                f"no {kind} curve for this group size",
-                got=size,
-                need=f"{groups[0].size} to {groups[-1].size}",
-            )
-        if above.size == size:
-            return above.line().seconds
-        below = groups[groups.index(above) - 1]
-        return between_sizes(size, below.size, below.line().seconds, above.size, above.line().seconds)
-
-    def _curve_across_nodes(self, kind: str, size: int) -> Curve:
-        """As few nodes as hold the group, ranks spread evenly; the fullest node decides (9 ranks on 8: 5 and 4)."""
-        if self.inter_node is None:
-            raise HardwareError(
-                f"hardware {self.name}",
-                "the group is larger than a node and the profile has no inter_node link",
-                got=size,
-                need=f"at most {self.ranks_per_node}",
-                remedy="Use a smaller tp, or a profile with inter_node.",
-            )
-        nodes = ceil(size / self.ranks_per_node)
-        local = ceil(size / nodes)
-        known: CollectiveKind = next(k for k in COLLECTIVE_KINDS if k == kind)
-        between = inter_node_s(known, nodes, local, self.inter_node.latency_s, self.inter_node.bytes_per_s_per_rank)
-        within = self._curve(kind, local)
-        return lambda nbytes: within(nbytes) + between(nbytes)
+    def _remembered(self, kind: str, size: int, implementation: str, nodes: int | None) -> Route:
+        key = (kind, size, implementation, nodes)
+        if key not in self.curves:
+            self._collective(kind)
+            known: CollectiveKind = next(k for k in COLLECTIVE_KINDS if k == kind)
+            self.curves[key] = route_of(self, known, size, implementation, nodes)
+        return self.curves[key]
 
 
 def hardware_names() -> list[str]:

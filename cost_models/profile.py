@@ -32,9 +32,9 @@ Implementation = Literal["library", "library_graph", "custom_graph", "custom_eag
 graph, ``custom_graph`` a one-shot or two-shot kernel over peer memory replayed in a CUDA graph (vLLM, TensorRT-LLM,
 torch symmetric memory), ``custom_eager`` that kernel launched from Python."""
 
-Topology = Literal["nvswitch", "nvlink", "pcie", "host"]
-"""What joins the ranks of a node: a switch every GPU reaches at full rate, direct links between pairs, a PCIe tree, or
-the memory of one host (CPU ranks)."""
+Topology = Literal["nvswitch", "nvlink_pairs", "pcie", "host"]
+"""What joins the ranks of a node: a switch every GPU reaches at full rate, bridges between pairs and PCIe beyond, a
+PCIe tree, or the memory of one host (CPU ranks)."""
 
 
 class Strict(BaseModel):
@@ -160,15 +160,24 @@ class Link(Strict):
 
     Attributes:
         topology: How ranks are joined.
-        bytes_per_s_per_rank: What one rank can send to others at a time, one direction, all its links together.
+        bytes_per_s_per_rank: What one rank can send to others at a time, one direction, all its links together (with
+            ``nvlink_pairs``: over PCIe).
+        pair_bytes_per_s: With ``nvlink_pairs``, one direction between the two ranks of a pair.
         multicast: Whether the switch adds and copies (NVLink SHARP, "NVLS").
         source: Where that comes from.
     """
 
     topology: Topology
     bytes_per_s_per_rank: BytesPerSecond
+    pair_bytes_per_s: BytesPerSecond | None = None
     multicast: bool = False
     source: Text
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if (self.topology == "nvlink_pairs") != (self.pair_bytes_per_s is not None):
+            raise ValueError("pair_bytes_per_s goes with topology nvlink_pairs, and only with it")
+        return self
 
 
 class InterNode(Strict):
