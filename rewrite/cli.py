@@ -210,3 +210,21 @@ def show_hardware(**options: Any) -> None:
     from .hardware_command import show_hardware_command
 
     show_hardware_command(**options)
+
+
+@main.command()
+@click.option("--ranks", type=click.IntRange(min=2), help="Ranks.  [default: one per GPU, else 2 CPU ranks]")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), default="calibrated.json", show_default=True,
+    help="The profile; its name is the file's.",
+)  # fmt: skip
+@as_json
+@debug
+def calibrate(**options: Any) -> None:
+    """Measure this machine and write a profile for --hardware, in under two minutes.
+
+    Starts the ranks (NCCL where each has a GPU, else gloo), or joins torchrun's.
+    """
+    from .calibration_command import calibrate_command
+
+    calibrate_command(**options)

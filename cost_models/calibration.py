@@ -1,0 +1,164 @@
+"""A hardware profile from what was measured on a machine: the fits of `fit_profiles`, the rates as they are.
+
+Nothing is taken from another machine: a kind or group size that was not measured has no curve.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from .communication import COLLECTIVE_KINDS, CollectiveKind
+from .fit_profiles import measured_groups, rounded
+from .hardware import SCHEMA, Hardware, parse_hardware
+from .segment_fit import Row, fit_segments, relative_errors
+
+LICENCE = "LicenseRef-own-measurement"
+LARGE = 256  # m, n and k of the matmuls whose rate counts as achievable
+
+
+@dataclass(frozen=True)
+class MatmulRow:
+    """One timed product ``[m, k] @ [k, n]``."""
+
+    m: int
+    n: int
+    k: int
+    seconds: float
+
+    @property
+    def flops_per_s(self) -> float:
+        """Operations per second, an addition and a multiplication counting one each."""
+        return 2.0 * self.m * self.n * self.k / self.seconds
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured on one machine, all ranks working at the same time, the slower rank counting.
+
+    Attributes:
+        ranks: Ranks that took part.
+        collectives: Kind -> group size -> (bytes of the whole tensor, seconds), sizes ascending.
+        matmuls: torch dtype name -> products.
+        stream_bytes_per_s: Bytes read and written per second by large elementwise operators and matrix-vector products.
+        launch_s: Seconds of an operator on a few elements.
+        memory_bytes: Memory of one rank.
+        device: What a rank computes on, for people.
+        implementation: The library of the collectives, with its version.
+        date: ISO date.
+    """
+
+    ranks: int
+    collectives: Mapping[CollectiveKind, Mapping[int, Sequence[Row]]]
+    matmuls: Mapping[str, Sequence[MatmulRow]]
+    stream_bytes_per_s: Sequence[float]
+    launch_s: float
+    memory_bytes: int
+    device: str
+    implementation: str
+    date: str
+
+
+@dataclass(frozen=True)
+class FitError:
+    """How well the curve of one kind and group size predicts, relative to what was measured.
+
+    Attributes:
+        kind: The collective.
+        size: Ranks in the group.
+        rows: Measured sizes.
+        fit_median: Of the curve against the rows it was fitted to.
+        left_out_median: Of predicting each interior size from the others.
+        left_out_max: As above, the worst size.
+    """
+
+    kind: CollectiveKind
+    size: int
+    rows: int
+    fit_median: float
+    left_out_median: float
+    left_out_max: float
+
+
+def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
+    """The text of a profile, and the profile.
+
+    Args:
+        name: What the profile is called.
+        measured: Every kind at one group size or more, at two message sizes or more, and float32 products.
+    """
+    own = f"measured by colrow calibrate on {measured.ranks} ranks, {measured.device}, {measured.implementation}"
+    rates = {dtype: [row.flops_per_s for row in rows] for dtype, rows in measured.matmuls.items()}
+    large = {
+        dtype: [row.flops_per_s for row in rows if min(row.m, row.n, row.k) >= LARGE] or rates[dtype]
+        for dtype, rows in measured.matmuls.items()
+    }
+    bandwidth = max(measured.stream_bytes_per_s)
+    content = {
+        "schema": SCHEMA,
+        "name": name,
+        "source": own,
+        "commit": "",
+        "licence": LICENCE,
+        "date": measured.date,
+        "description": f"calibrated: {measured.ranks} ranks, {measured.device}",
+        "memory_gb": rounded(measured.memory_bytes / 1e9),
+        "ranks_per_node": measured.ranks,
+        "inter_node": None,
+        "compute": {
+            "peak_flops_per_s": {dtype: rounded(max(found)) for dtype, found in rates.items()},
+            "efficiency": {dtype: rounded(median(large[dtype]) / max(found)) for dtype, found in rates.items()},
+            "source": f"Peak: the fastest product timed; efficiency: the median of those with m, n, k >= {LARGE}.",
+        },
+        "memory": {
+            "bandwidth_bytes_per_s": rounded(bandwidth),
+            "efficiency": rounded(median(measured.stream_bytes_per_s) / bandwidth),
+            "source": "Large additions, copies and matrix-vector products: the fastest, and their median.",
+        },
+        "launch_overhead_s": rounded(measured.launch_s),
+        "launch_source": "Median of operators on a few elements.",
+        "collectives": {
+            kind: {
+                "implementation": measured.implementation,
+                "groups": measured_groups(
+                    {str(size): [[at, s * 1e6] for at, s in rows] for size, rows in measured.collectives[kind].items()}
+                ),
+            }
+            for kind in COLLECTIVE_KINDS
+        },
+    }  # fmt: skip
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return text, parse_hardware(text, where=name)
+
+
+def fit_errors(measured: Measurements) -> list[FitError]:
+    """Of every kind and group size, by leaving out each interior message size in turn."""
+    found = []
+    for kind, by_size in measured.collectives.items():
+        for size, rows in sorted(by_size.items()):
+            ordered = sorted(rows)
+            left_out = []
+            for n in range(1, len(ordered) - 1):
+                line = fit_segments([*ordered[:n], *ordered[n + 1 :]]).line()
+                left_out += relative_errors([ordered[n]], line)
+            fit = median(relative_errors(ordered, fit_segments(ordered).line()))
+            found.append(FitError(kind, size, len(rows), fit, median(left_out), max(left_out)))
+    return found
+
+
+def as_table(measured: Measurements) -> dict[str, Any]:
+    """The measurements themselves, to keep beside the profile: a fit can be repeated, a machine's day cannot."""
+    return {
+        "collectives": {
+            kind: {str(size): [[at, s] for at, s in rows] for size, rows in by_size.items()}
+            for kind, by_size in measured.collectives.items()
+        },
+        "matmuls": {
+            dtype: [[row.m, row.n, row.k, row.seconds] for row in rows] for dtype, rows in measured.matmuls.items()
+        },
+        "stream_bytes_per_s": list(measured.stream_bytes_per_s),
+        "launch_s": measured.launch_s,
+    }
