@@ -16,6 +16,7 @@ import click
 from colrow.cost_models.errors import ColrowError
 
 INTERNAL_ERROR = 3
+COVERAGE_STAGES = ("trace", "plan", "verify", "generate")
 PLACEMENTS = ("column", "row", "vocab", "replicated")
 
 
@@ -228,3 +229,38 @@ def calibrate(**options: Any) -> None:
     from .calibration_command import calibrate_command
 
     calibrate_command(**options)
+
+
+def _shard(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    first, slash, count = value.partition("/")
+    if slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count):
+        return int(first), int(count)
+    raise click.BadParameter(f"{value!r} is not i/n with 1 <= i <= n")
+
+
+def _stages(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    stages = tuple(value.split(","))
+    if unknown := [stage for stage in stages if stage not in COVERAGE_STAGES]:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(COVERAGE_STAGES)}")
+    return stages
+
+
+@main.command()
+@click.argument("sources", nargs=-1, metavar="[hf:PATTERN|MODULE:FACTORY]...")
+@click.option(
+    "--stages", default=",".join(COVERAGE_STAGES), show_default=True, callback=_stages, help="Cheapest first."
+)  # fmt: skip
+@click.option("--shard", default="1/1", show_default=True, callback=_shard, metavar="i/n", help="Only part i of n.")
+@click.option("--status", "statuses", multiple=True, help="Only stages that ended this way.  [default: new and stale]")
+@click.option(
+    "--folder", default="docs", show_default=True, type=click.Path(file_okay=False), help="Where the files are."
+)
+@click.option("--seconds", default=60.0, show_default=True, help="CPU seconds a stage of one source may take.")
+@click.option("--memory-gb", default=4.0, show_default=True, help="Memory that it may allocate.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Sources at a time.")
+@debug
+def coverage(**options: Any) -> None:
+    """Trace, plan and verify every model type of transformers, or the sources given; resumes where it stopped."""
+    from .coverage import coverage_command
+
+    coverage_command(**options)
