@@ -27,10 +27,11 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 MAX_SEGMENTS = 64
 """A segment per measured size; nccl-tests from 8 bytes to 16 GB in steps of two has 32."""
 
-Implementation = Literal["library", "library_graph", "custom_graph", "custom_eager"]
+Implementation = Literal["library", "library_graph", "custom_graph", "custom_eager", "one_shot_graph"]
 """Who runs a collective: ``library`` is NCCL, RCCL or gloo called as such, ``library_graph`` the same in a CUDA
-graph, ``custom_graph`` a one-shot or two-shot kernel over peer memory replayed in a CUDA graph (vLLM, TensorRT-LLM,
-torch symmetric memory), ``custom_eager`` that kernel launched from Python."""
+graph, ``custom_graph`` a kernel over peer memory with barriers in a CUDA graph (vLLM), ``custom_eager`` that kernel
+launched from Python, ``one_shot_graph`` kernels that write to every peer at once, data and flag together, in a CUDA
+graph (TensorRT-LLM)."""
 
 Topology = Literal["nvswitch", "nvlink_pairs", "pcie", "host"]
 """What joins the ranks of a node: a switch every GPU reaches at full rate, bridges between pairs and PCIe beyond, a
@@ -195,11 +196,16 @@ class Compute(Strict):
         peak_flops_per_s: By torch dtype name (``bfloat16``, ``float32``, ...), dense. ``float32`` must be present:
             dtypes that are not listed run at its rate, on the ordinary vector units.
         efficiency: Share of that peak a large matmul reaches, by the same names; unlisted dtypes take float32's.
-        source: Where the peaks and the efficiency come from.
+        units: Processors that work on tiles of a result side by side (an NVIDIA GPU's multiprocessors); 1 where a
+            matmul of any shape reaches the whole rate. See `compute.occupancy`.
+        matmul_start_s: Seconds a matmul takes on top of the launch and the roofline: its first tiles and last sums.
+        source: Where all of these come from.
     """
 
     peak_flops_per_s: dict[str, FlopsPerSecond]
     efficiency: dict[str, Fraction]
+    units: Annotated[int, Field(ge=1)] = 1
+    matmul_start_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)] = 0.0
     source: Text
 
     @model_validator(mode="after")

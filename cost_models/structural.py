@@ -17,14 +17,14 @@ line in bytes, and the least is taken, as NCCL's tuner takes it:
 A minimum of rising lines is continuous, rising and positive, whatever the constants.
 
 ``base_s`` is NCCL's constant (baseLatencies, ring LL). The other NVSwitch constants are one least-squares fit of log
-time over the A100 and H100 tables that ship with colrow, all four kinds, rounded to two digits; no other machine was used.
-Median error on all_reduce: A100 13 %, H100 13 %; not fitted to: H200 14 %, B200 21 %, B300 18 %, GB200 23 %, GB300 14 %
-(tables of aiconfigurator, commit 095f58a51c4c). The machines differ by 60 % in latency at equal links (B200 10 us, H200
-6 us between two ranks), so that is about what one set of constants can reach.
+time over the A100 and H100 tables that ship with colrow, all four kinds, rounded to two digits; no other machine was
+used. Median error on all_reduce: A100 13 %, H100 13 %; not fitted to: H200 14 %, B200 21 %, B300 18 %, GB200 23 %,
+GB300 14 % (tables of aiconfigurator, commit 095f58a51c4c). The machines differ by 60 % in latency at equal links (B200
+10 us, H200 6 us between two ranks), so that is about what one set of constants can reach.
 
 PCIe has no such regularity: among eight ranks an L40S server reaches 0.8 GB/s and an RTX PRO 6000 one 14 GB/s. Its hop
-is NCCL's (hwLatencies, PCI, LL); between two ranks 0.6 of the link is used (L40S table), beyond two the ring crosses host
-bridges in both directions and half of that is assumed. Expect a factor of two, and measure (``colrow calibrate``).
+is NCCL's (hwLatencies, PCI, LL); between two ranks 0.6 of the link is used (L40S table), beyond two the ring crosses
+host bridges in both directions and half of that is assumed. Expect a factor of two, and measure (``colrow calibrate``).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from colrow.cost_models.compute import operator_s
+from colrow.cost_models.compute import attention_flops, matmul_s, operator_s
 from colrow.cost_models.hardware import Hardware
 
 from .graph import VIEWS, Node, numel
@@ -64,8 +64,11 @@ class Pricing:
 
     def operator(self, flops: float, nbytes: float, dtype: torch.dtype) -> int:
         """Picoseconds of a local operator."""
-        name = str(dtype).removeprefix("torch.")
-        return _picoseconds(operator_s(flops, nbytes, name, self.hardware))
+        return _picoseconds(operator_s(flops, nbytes, _name(dtype), self.hardware))
+
+    def matmul(self, flops: float, nbytes: float, result_elements: float, dtype: torch.dtype) -> int:
+        """Picoseconds of a local matmul whose result has so many elements on this rank."""
+        return _picoseconds(matmul_s(flops, nbytes, result_elements, _name(dtype), self.hardware))
 
     def move(self, move: Move, nbytes: int, *, free: bool = False) -> Cost:
         """A move of a value of ``nbytes`` globally. Local steps cost a pass over memory, or nothing on parameters
@@ -101,12 +104,15 @@ class Pricing:
         if node.op == "embedding":
             nbytes = 2.0 * _held(node, out)
         flops = flops_of(node, operands) * share
-        if node.op == "scaled_dot_product_attention" and self.context:
-            k, v = (operands[i] for i in node.operands[1:3])
+        if node.op == "scaled_dot_product_attention":
+            q, k, v = (operands[i] for i in node.operands[:3])
             length = k.shape[-2]
             nbytes += (k.nbytes + v.nbytes) * share * self.context / length
-            flops *= 1 + self.context / length
-        forward = self.operator(flops, nbytes, node.dtype)
+            flops *= _pairs_share(q.shape[-2], length, self.context, causal=_is_causal(node))
+        if flops and node.op != "scaled_dot_product_attention":
+            forward = self.matmul(flops, nbytes, _held(node, out) / node.dtype.itemsize, node.dtype)
+        else:
+            forward = self.operator(flops, nbytes, node.dtype)
         return Cost(forward, 2 * forward if node.differentiable else 0)
 
 
@@ -129,6 +135,23 @@ def flops_of(node: Node, operands: Mapping[int, Node]) -> float:
             return 2.0 * size * math.sqrt(max(1, numel(shapes[0]) * numel(shapes[-1]) // max(1, size)))
         case _:
             return 0.0
+
+
+def _is_causal(node: Node) -> bool:
+    """Whether an attention operator skips the keys after each query (ATen's sixth argument)."""
+    positional = node.arguments[5] if len(node.arguments) > 5 else False
+    return bool(node.keywords.get("is_causal", positional))
+
+
+def _pairs_share(query_len: int, key_len: int, context: int, *, causal: bool) -> float:
+    """Pairs of queries and keys an attention computes, as a share of query_len * key_len."""
+    causal = causal and query_len <= key_len + context
+    per_head = attention_flops(1, 1, query_len, key_len + context, 1, causal=causal)
+    return per_head / attention_flops(1, 1, query_len, key_len, 1, causal=False)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _held(node: Node, placement: Placement | None) -> float:

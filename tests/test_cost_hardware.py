@@ -34,7 +34,10 @@ def test_the_contracted_profiles_exist() -> None:
 def test_profiles_name_their_source_licence_and_date(name: str) -> None:
     hardware = load_hardware(name)
     assert hardware.name == name and hardware.licence == "Apache-2.0" and hardware.date.startswith("2026-")
-    assert hardware.commit or hardware.source.startswith("measured")
+    if hardware.basis == "structural":
+        assert "structural" in hardware.description.lower() and "no table" in hardware.source
+    else:
+        assert hardware.commit or hardware.source.startswith("measured")
     assert hardware.compute.source and hardware.memory.source and hardware.launch_source
 
 
@@ -181,8 +184,12 @@ def test_a_group_beyond_the_node_needs_a_link_between_nodes() -> None:
         load_hardware("gloo-cpu").collective_s("all_reduce", 1024, 16)
 
 
-def test_a_size_beyond_the_curves_is_refused_not_extrapolated(content) -> None:
+def test_a_size_beyond_the_curves_is_structural_or_refused_never_extrapolated(content) -> None:
     del content["collectives"]["all_reduce"]["groups"][-1]
+    linked = parse_hardware(json.dumps(content), where="mine.json")
+    prediction = linked.predict("all_reduce", 1024, 8)
+    assert prediction.basis == "structural" and "from the links" in prediction.finding
+    del content["link"]
     hardware = parse_hardware(json.dumps(content), where="mine.json")
     with pytest.raises(HardwareError, match="no all_reduce curve for this group size; got 8, need 2 to 4"):
         hardware.collective_s("all_reduce", 1024, 8)
