@@ -8,11 +8,13 @@ else happens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .layout import Layout
 from .moves import Move
+from .sites import Site
 
 OperatorName = Literal["vocab_embedding", "mean_of_shard", "rank_random"]
 
@@ -53,18 +55,33 @@ class CallEdit:
 
 @dataclass(frozen=True)
 class ParameterEdit:
-    """How one parameter is stored and read.
+    """How one parameter is stored.
 
     Attributes:
         fqn: Its path.
         dim: The split dim; None: replicated.
         layout: Of that dim.
-        partial_grad: Each rank computes a partial sum of its gradient.
-        lifted: It joins a partial sum, so that only the first rank reads it.
     """
 
     fqn: str
     dim: int | None = None
     layout: Layout | None = None
-    partial_grad: bool = False
-    lifted: bool = False
+
+
+@dataclass(frozen=True)
+class ForwardEdits:
+    """What one workload's forward does over the stored parameters.
+
+    Attributes:
+        calls: Edits per call expression.
+        partial: Parameters of whose gradient each rank computes a partial sum.
+        lifted: Parameters that join a partial sum, so that only the first rank reads them.
+        inputs: Floating model inputs whose gradient would be partial on each rank.
+        outputs: Paths of returned values whose gradient is partial on each rank.
+    """
+
+    calls: Mapping[Site, CallEdit] = field(default_factory=dict)
+    partial: frozenset[str] = frozenset()
+    lifted: frozenset[str] = frozenset()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()

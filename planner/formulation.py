@@ -77,18 +77,30 @@ class Formulation:
 
 
 def formulate(
-    graph: Graph, pricing: Pricing, options: Options, memory: Callable[[Node, Stored], int] | None = None
+    graph: Graph,
+    pricing: Pricing,
+    options: Options,
+    memory: Callable[[Node, Stored], int] | None = None,
+    penalises: bool = True,
 ) -> Formulation:
-    """Builds the problem; ``memory`` gives the bytes of a value stored in a placement."""
-    builder = _Builder(graph, pricing, options)
+    """Builds the problem.
+
+    Args:
+        graph: The trace.
+        pricing: Of the workload.
+        options: What the user asked for.
+        memory: Bytes of a value stored in a placement.
+        penalises: Weights pay for staying whole; once is enough where several workloads share a layout.
+    """
+    builder = _Builder(graph, pricing, options, penalises)
     return builder.run(memory)
 
 
 class _Builder:
     """The state of one formulation; `run` is its only entry."""
 
-    def __init__(self, graph: Graph, pricing: Pricing, options: Options) -> None:
-        self.graph, self.pricing, self.options = graph, pricing, options
+    def __init__(self, graph: Graph, pricing: Pricing, options: Options, penalises: bool) -> None:
+        self.graph, self.pricing, self.options, self.penalises = graph, pricing, options, penalises
         self.same = canonical(graph)
         self.weights = weights(graph)
         self.found: Candidates = candidates(graph, pricing.ranks)
@@ -143,13 +155,13 @@ class _Builder:
         wholes: list[Stored] = [WHOLE, *([PARTIAL_GRAD] if node.differentiable else [])]
         penalty = 0
         if self.options.fixed_parameters is not None:
-            domain: Domain = _given(self.options.fixed_parameters[node.fqn])
+            domain: Domain = self._given(node, self.options.fixed_parameters[node.fqn])
         elif pinned is not None:
             domain = tuple(pinned)
             self.out.reasons[node.index] = "pinned"
         elif weight is not None and splits:
             domain = (*splits, *wholes)
-            if self.options.replicate == "never" and not weight.may_stay_whole:
+            if self.penalises and self.options.replicate == "never" and not weight.may_stay_whole:
                 penalty = REPLICATION_PENALTY_PS
         else:
             domain = (*wholes, *splits)
@@ -175,6 +187,15 @@ class _Builder:
                 table[[i for i, s in enumerate(domain) if _is_summed(s)], 0] = INFEASIBLE
                 self.unary[key] = table
             self.factors.append(Factor((variable, flag), self.unary[key]))
+
+    def _given(self, node: Node, edit: ParameterEdit) -> Domain:
+        """A given layout, with the gradient that given moves leave, or any."""
+        fixed = self.options.fixed_edits
+        if edit.dim is not None and edit.layout is not None:
+            return (Shard(edit.dim, edit.layout),)
+        if fixed is not None:
+            return (PARTIAL_GRAD if node.fqn in fixed.partial else WHOLE,)
+        return (WHOLE, PARTIAL_GRAD) if node.differentiable else (WHOLE,)
 
     def _pinned(self, node: Node, weight: Weight | None, splits: Sequence[Shard]) -> list[Stored] | None:
         names = [node.fqn, node.fqn.removesuffix(".weight"), node.fqn.rpartition(".")[0]]
@@ -249,7 +270,9 @@ class _Builder:
         copied = self.tables.get((node.template, ids)) if self._is_alike(node) else None
         if copied is None:
             setting = self.settings.of(node, operands)
-            slices = slice_options(self.graph, node, domains) if any(setting.convertible) else [[] for _ in operands]
+            slices = [[] for _ in operands]
+            if any(setting.convertible):
+                slices = slice_options(self.graph, node, domains, self.settings.sequences)
             copied = setting, slices, self._tabulated(node, operands, domains, ids, setting, slices)
             self.tables[(node.template, ids)] = copied
         setting, slices, made = copied
@@ -268,7 +291,7 @@ class _Builder:
 
     def _is_alike(self, node: Node) -> bool:
         """Whether a copy's setting is its template's: nothing is frozen or fixed site by site."""
-        return self.options.fixed_calls is None and not self.options.frozen and node.index not in self.graph.whole
+        return self.options.fixed_edits is None and not self.options.frozen and node.index not in self.graph.whole
 
     def _tabulated(
         self,
@@ -389,12 +412,6 @@ def _is_cut(stored: Stored) -> bool:
 def _is_summed(stored: Stored) -> bool:
     """Whether a parameter stored so needs its gradient summed over ranks."""
     return stored == PARTIAL_GRAD or (isinstance(stored, Shard) and stored.layout.is_replicated)
-
-
-def _given(edit: ParameterEdit) -> Domain:
-    if edit.dim is not None and edit.layout is not None:
-        return (Shard(edit.dim, edit.layout),)
-    return (PARTIAL_GRAD if edit.partial_grad else WHOLE,)
 
 
 def parameter_gradient_ps(pricing: Pricing, nbytes: int, weigh: Callable[[int], int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .edits import CallEdit, ParameterEdit
+from .edits import CallEdit, ForwardEdits, ParameterEdit
 from .formulation import Formulation
 from .graph import Node, numel
 from .head_groups import held_keys, repeat_edits
@@ -64,9 +64,7 @@ class Lowered:
 
     Attributes:
         parameters: Every parameter's layout, in the model's order.
-        calls: Edits per site, in graph order.
-        inputs: Model inputs whose gradient is partial on each rank.
-        outputs: Paths of returned values whose gradient is partial.
+        edits: What the forward does; calls in graph order.
         collectives: Of one step, forward then backward.
         stored: Stored placement per node.
         choices: What was chosen per operator node.
@@ -74,9 +72,7 @@ class Lowered:
     """
 
     parameters: list[ParameterEdit] = field(default_factory=list)
-    calls: dict[Site, CallEdit] = field(default_factory=dict)
-    inputs: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
+    edits: ForwardEdits = ForwardEdits()
     collectives: list[Collective] = field(default_factory=list)
     stored: list[Stored] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
@@ -111,14 +107,16 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
             _edit_repeat(formulation, node, choice, edits)
         out.compute += choice.compute
         out.communication += choice.communication
-    _merge(formulation, edits, out)
     leaves = {node.fqn: node for node in graph.nodes if node.op == "parameter"}
-    for name in graph.parameters:
-        index = leaves[name].index
-        out.parameters.append(_parameter(leaves[name], out.stored[index], index in lifted))
-    out.inputs = [node.fqn for node in graph.nodes if node.op == "input" and node.differentiable]
-    partial = zip(graph.output_paths, graph.outputs, strict=True)
-    out.outputs = [path for path, index in partial if out.stored[index] == PARTIAL_GRAD]
+    out.parameters = [_parameter(leaves[name], out.stored[leaves[name].index]) for name in graph.parameters]
+    returned = zip(graph.output_paths, graph.outputs, strict=True)
+    out.edits = ForwardEdits(
+        calls=_merged_calls(formulation, edits),
+        partial=frozenset(name for name in graph.parameters if out.stored[leaves[name].index] == PARTIAL_GRAD),
+        lifted=frozenset(graph.nodes[index].fqn for index in lifted),
+        inputs=tuple(node.fqn for node in graph.nodes if node.op == "input" and node.differentiable),
+        outputs=tuple(path for path, index in returned if out.stored[index] == PARTIAL_GRAD),
+    )
     out.collectives = _collectives(formulation, out, workload)
     return out
 
@@ -170,13 +168,14 @@ def _edit_repeat(
             edits.setdefault(calls[index].site, []).append((index, edit))
 
 
-def _merge(formulation: Formulation, edits: dict[Site, list[tuple[int, CallEdit]]], out: Lowered) -> None:
+def _merged_calls(formulation: Formulation, edits: dict[Site, list[tuple[int, CallEdit]]]) -> dict[Site, CallEdit]:
     """One edit per site; every call of a site must want the same."""
     graph = formulation.graph
     calls_of: dict[Site, set[int]] = {}
     for index, made in enumerate(graph.calls):
         calls_of.setdefault(made.site, set()).add(index)
     conflicts: set[object] = set()
+    calls: dict[Site, CallEdit] = {}
     for site, found in edits.items():
         per_call: dict[int, list[CallEdit]] = {}
         for call, edit in found:
@@ -188,17 +187,18 @@ def _merge(formulation: Formulation, edits: dict[Site, list[tuple[int, CallEdit]
         if len(merged_edits) != 1 or set(per_call) != calls_of[site]:
             conflicts.add((site.module, site.frames))
         else:
-            out.calls[site] = merged_edits.pop()
+            calls[site] = merged_edits.pop()
     if conflicts:
         raise SiteConflict(frozenset(conflicts))
+    return calls
 
 
-def _parameter(node: Node, stored: Stored, lifted: bool) -> ParameterEdit:
+def _parameter(node: Node, stored: Stored) -> ParameterEdit:
     match stored:
         case Shard(dim, layout):
-            return ParameterEdit(node.fqn, dim, layout, False, lifted)
-        case Replicate(partial_grad=partial):
-            return ParameterEdit(node.fqn, None, None, partial, lifted)
+            return ParameterEdit(node.fqn, dim, layout)
+        case Replicate():
+            return ParameterEdit(node.fqn)
         case _:
             raise AssertionError(f"parameter {node.fqn} stored as {stored}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from .edits import CallEdit, OperatorEdit, ParameterEdit
+from .edits import CallEdit, ForwardEdits, OperatorEdit, ParameterEdit
 from .layout import Interval, Layout, Segment, even
 from .lowering import Collective
 from .moves import Move
@@ -17,16 +17,17 @@ from .plan_document import (
     OperatorEntry,
     ParameterEntry,
     PlanDocument,
+    ScheduleEntry,
     SegmentEntry,
     Split,
     TextRepeat,
     UnsplitRepeat,
-    WorkloadEntry,
 )
 from .plan_encoding import COLLECTIVE_FIELDS, UNSPLIT_FIELDS
-from .plan_model import Plan, PlannedCost, PlannedParameter, Workload
+from .plan_model import Plan, PlannedCost, PlannedParameter, Schedule
 from .site_text import Sources, parse_chain
 from .sites import Site
+from .workloads import PHASES, Length, Workload
 
 _Text = TypeVar("_Text")
 _Value = TypeVar("_Value")
@@ -55,27 +56,17 @@ def plan_of(document: PlanDocument) -> Plan:
         if sorted(order) != list(range(len(parameters))):
             raise WrongField("parameter_order", f"not an order of {len(parameters)} parameters")
         parameters = [parameters[n] for n in order]
-    calls: dict[Site, CallEdit] = {}
-    for module, entries in _expanded("calls", document.calls, expand_paths).items():
-        for n, entry in enumerate(entries):
-            where = f"calls.{module}.{n}"
-            frames = _expanded(f"{where}.at", entry.at, lambda text: parse_chain(text, sources))
-            site = Site("" if module == "." else module, frames)
-            if site in calls:
-                raise WrongField(where, "the same call is edited twice")
-            calls[site] = _edit(where, entry, ranks)
+    schedules = tuple(_schedule(f"schedules.{n}", s, sources, ranks) for n, s in enumerate(document.schedules))
+    if schedules[0].stands_in:
+        raise WrongField("schedules.0.stands_in", "the first schedule stands in for none")
     return Plan(
         name=document.name,
         tp=ranks,
         hardware=document.hardware,
-        workloads=tuple(_workload(entry) for entry in document.workloads),
         options=document.options,
         parameters=tuple(parameters),
         ties=document.ties,
-        calls=calls,
-        inputs=tuple(document.inputs),
-        outputs=tuple(document.outputs),
-        collectives=tuple(Collective(*row) for row in _rows("collectives", document.collectives, COLLECTIVE_FIELDS)),
+        schedules=schedules,
         unsplit=tuple(
             (fqn, nbytes, reason) for fqn, nbytes, reason in _rows("unsplit", document.unsplit, UNSPLIT_FIELDS)
         ),
@@ -106,9 +97,40 @@ def _rows(field: str, entries: Sequence[Any], names: tuple[str, ...] | None) -> 
     return _expanded(field, folded, expand_rows)
 
 
-def _workload(entry: WorkloadEntry) -> Workload:
+def _schedule(field: str, entry: ScheduleEntry, sources: Sources, ranks: int) -> Schedule:
+    calls: dict[Site, CallEdit] = {}
+    for module, entries in _expanded(f"{field}.calls", entry.calls, expand_paths).items():
+        for n, call in enumerate(entries):
+            where = f"{field}.calls.{module}.{n}"
+            frames = _expanded(f"{where}.at", call.at, lambda text: parse_chain(text, sources))
+            site = Site("" if module == "." else module, frames)
+            if site in calls:
+                raise WrongField(where, "the same call is edited twice")
+            calls[site] = _edit(where, call, ranks)
+    reads = _expanded(f"{field}.reads", entry.reads, expand_paths)
+    rows = _rows(f"{field}.collectives", entry.collectives, COLLECTIVE_FIELDS)
+    return Schedule(
+        workload=_workload(field, entry),
+        edits=ForwardEdits(
+            calls,
+            frozenset(name for name, read in reads.items() if read.partial_grad),
+            frozenset(name for name, read in reads.items() if read.lifted),
+            tuple(entry.partial_inputs),
+            tuple(entry.partial_outputs),
+        ),
+        collectives=tuple(Collective(*row) for row in rows),
+        cost=PlannedCost(**entry.cost.model_dump()),
+        lengths=tuple(Length(one.input, one.dim, one.exactly) for one in entry.lengths),
+        stands_in=entry.stands_in,
+    )
+
+
+def _workload(field: str, entry: ScheduleEntry) -> Workload:
+    phase = entry.workload.partition(":")[0]
+    if phase not in PHASES:
+        raise WrongField(f"{field}.workload", f"{entry.workload} names no phase: prefill, decode or train")
     inputs = tuple((path, tensor.dtype, tuple(tensor.shape)) for path, tensor in entry.inputs.items())
-    return Workload(entry.name, entry.phase, inputs, tuple(entry.values.items()), entry.context)
+    return Workload(entry.workload, phase, inputs, tuple(entry.values.items()), entry.context, entry.weight)
 
 
 def _planned(fqn: str, entry: ParameterEntry, ranks: int) -> PlannedParameter:
@@ -124,16 +146,15 @@ def _planned(fqn: str, entry: ParameterEntry, ranks: int) -> PlannedParameter:
         length = entry.shape[entry.dim] if entry.dim < len(entry.shape) else None
         if layout.size != length:
             raise WrongField(f"{where}.split", f"covers {layout.size} of a dim of {length}")
-    edit = ParameterEdit(fqn, entry.dim, layout, entry.partial_grad, entry.lifted)
-    return PlannedParameter(edit, entry.placement, tuple(entry.shape), entry.dtype, entry.weight)
+    return PlannedParameter(ParameterEdit(fqn, entry.dim, layout), entry.placement, tuple(entry.shape), entry.dtype, entry.weight)
 
 
-def _layout(field: str, split: Split | None, ranks: int) -> Layout | None:
+def _layout(field: str, split: Split | None, ranks: int, elastic: bool = False) -> Layout | None:
     if split is None:
         return None
     if not split:
         raise WrongField(field, "no segments")
-    return Layout(tuple(_segment(f"{field}.{n}", entry, ranks) for n, entry in enumerate(split)))
+    return Layout(tuple(_segment(f"{field}.{n}", entry, ranks) for n, entry in enumerate(split)), elastic)
 
 
 def _segment(field: str, entry: int | SegmentEntry, ranks: int) -> Segment:
@@ -158,7 +179,8 @@ def _intervals(text: str) -> tuple[Interval, ...]:
 
 
 def _move_of(field: str, entry: MoveEntry, ranks: int) -> Move:
-    return Move(entry.forward, entry.backward, entry.dim, _layout(f"{field}.split", entry.split, ranks))
+    layout = _layout(f"{field}.split", entry.split, ranks, entry.elastic)
+    return Move(entry.forward, entry.backward, entry.dim, layout)
 
 
 def _operator(field: str, entry: OperatorEntry, ranks: int) -> OperatorEdit:

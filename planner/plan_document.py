@@ -42,7 +42,7 @@ Split = list[
 
 
 class ParameterEntry(_Fields):
-    """How one parameter is stored and read; ``weight``: a product or an embedding reads it."""
+    """How one parameter is stored; ``weight``: a product or an embedding reads it."""
 
     placement: Literal["column", "row", "vocab", "expert", "replicated"]
     shape: list[Natural]
@@ -50,17 +50,16 @@ class ParameterEntry(_Fields):
     weight: bool = False
     dim: Natural | None = None
     split: Split | None = None
-    partial_grad: bool = False
-    lifted: bool = False
 
 
 class MoveEntry(_Fields):
-    """What is done to a value, and to its gradient."""
+    """What is done to a value, and to its gradient; ``elastic``: the dim may have any length that divides."""
 
     forward: Step
     backward: Step
     dim: Natural = 0
     split: Split | None = None
+    elastic: bool = False
 
 
 class ArgumentEntry(_Fields):
@@ -158,16 +157,6 @@ class InputEntry(_Fields):
     shape: list[Natural]
 
 
-class WorkloadEntry(_Fields):
-    """What the plan was made for."""
-
-    name: str
-    phase: Literal["prefill", "decode", "train"]
-    inputs: dict[str, InputEntry]
-    values: dict[str, Any] = {}
-    context: Natural = 0
-
-
 class CostEntry(_Fields):
     """Predicted seconds of one step on one rank."""
 
@@ -180,6 +169,39 @@ class CostEntry(_Fields):
     backward_comm_s: float
 
 
+class LengthEntry(_Fields):
+    """What a schedule asks of an input's dim: a length, or any that divides."""
+
+    input: str
+    dim: Natural
+    exactly: Natural | None = None
+
+
+class ReadEntry(_Fields):
+    """How a schedule reads a parameter: whether its gradient is partial on each rank, whether only rank 0 reads it."""
+
+    partial_grad: bool = False
+    lifted: bool = False
+
+
+class ScheduleEntry(_Fields):
+    """What one workload's forward does; ``reads``: parameters that are not simply read."""
+
+    workload: str
+    inputs: dict[str, InputEntry]
+    values: dict[str, Any] = {}
+    context: Natural = 0
+    weight: float = 1.0
+    lengths: list[LengthEntry] = []
+    stands_in: bool = False
+    cost: CostEntry
+    reads: dict[str, ReadEntry] = {}
+    partial_inputs: list[str] = []
+    partial_outputs: list[str] = []
+    collectives: Collectives = []
+    calls: dict[str, list[CallEntry]] = {}
+
+
 class PlanDocument(_Fields):
     """A plan file without its header (``schema``, ``digest``)."""
 
@@ -187,7 +209,6 @@ class PlanDocument(_Fields):
     tp: Annotated[int, Field(ge=1)]
     hardware: str
     options: dict[str, Any]
-    workloads: list[WorkloadEntry]
     cost: CostEntry
     memory_bytes: dict[str, Natural]
     findings: Texts
@@ -195,8 +216,5 @@ class PlanDocument(_Fields):
     parameters: dict[str, ParameterEntry]
     parameter_order: str | None = None
     ties: dict[str, str]
-    inputs: list[str]
-    outputs: list[str] = []
-    collectives: Collectives
-    calls: dict[str, list[CallEntry]]
+    schedules: Annotated[list[ScheduleEntry], Field(min_length=1)]
     assumptions: dict[str, str]

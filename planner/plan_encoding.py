@@ -11,9 +11,10 @@ from .layout import Layout, Segment, even
 from .lowering import Collective
 from .moves import Move
 from .path_ranges import Repeat, Row, expand_paths, fold_paths, fold_rows, natural, ranges_text
-from .plan_model import Plan, PlannedCost, PlannedParameter
+from .plan_model import Plan, PlannedCost, PlannedParameter, Schedule
 from .site_text import Sources, chain_text
 from .sites import Site
+from .workloads import Length
 
 COLLECTIVE_FIELDS = tuple(field.name for field in fields(Collective))
 UNSPLIT_FIELDS = ("parameter", "nbytes", "reason")
@@ -22,40 +23,58 @@ UNSPLIT_FIELDS = ("parameter", "nbytes", "reason")
 def content_of(plan: Plan) -> dict[str, Any]:
     """All that a plan file says, but for its header, as JSON values."""
     sources = Sources()
-    collectives = [tuple(getattr(c, name) for name in COLLECTIVE_FIELDS) for c in plan.collectives]
     parameters = {p.edit.fqn: _parameter(p, plan.tp) for p in plan.parameters}
     folded = fold_paths(parameters)
     order = _order(list(parameters), list(expand_paths(folded)))
-    calls: dict[str, list[dict[str, Any]]] = {}
-    for site in sorted(plan.calls, key=lambda site: _place(site, sources)):
-        calls.setdefault(site.module or ".", []).append(_call(site, plan.calls[site], sources, plan.tp))
     return {
         "name": plan.name,
         "tp": plan.tp,
         "hardware": plan.hardware,
         "options": dict(plan.options),
-        "workloads": [
-            {
-                "name": w.name,
-                "phase": w.phase,
-                "inputs": {path: {"dtype": dtype, "shape": list(shape)} for path, dtype, shape in w.inputs},
-                **_unless_empty(values=dict(w.values), context=w.context),
-            }
-            for w in plan.workloads
-        ],
-        "cost": {name: getattr(plan.cost, name) for name in PlannedCost.__dataclass_fields__},
+        "cost": _cost(plan.cost),
         "memory_bytes": dict(plan.memory_bytes),
         "findings": _folded([(text,) for text in plan.findings], None),
         "unsplit": _folded(list(plan.unsplit), UNSPLIT_FIELDS),
         "parameters": folded,
         **_unless_empty(parameter_order=order),
         "ties": dict(sorted(plan.ties.items())),
-        "inputs": list(plan.inputs),
-        **_unless_empty(outputs=list(plan.outputs)),
-        "collectives": _folded(collectives, COLLECTIVE_FIELDS),
-        "calls": fold_paths(calls),
+        "schedules": [_schedule(schedule, list(parameters), sources, plan.tp) for schedule in plan.schedules],
         "assumptions": dict(sorted(plan.assumptions.items())),
     }
+
+
+def _schedule(schedule: Schedule, parameters: list[str], sources: Sources, ranks: int) -> dict[str, Any]:
+    workload, edits = schedule.workload, schedule.edits
+    calls: dict[str, list[dict[str, Any]]] = {}
+    for site in sorted(edits.calls, key=lambda site: _place(site, sources)):
+        calls.setdefault(site.module or ".", []).append(_call(site, edits.calls[site], sources, ranks))
+    flags = {name: _unless_empty(partial_grad=name in edits.partial, lifted=name in edits.lifted) for name in parameters}
+    return {
+        "workload": workload.name,
+        "inputs": {path: {"dtype": dtype, "shape": list(shape)} for path, dtype, shape in workload.inputs},
+        **_unless_empty(values=dict(workload.values), context=workload.context),
+        "weight": workload.weight,
+        **_unless_empty(lengths=[_length(one) for one in schedule.lengths], stands_in=schedule.stands_in),
+        "cost": _cost(schedule.cost),
+        **_unless_empty(
+            reads=fold_paths({name: read for name, read in flags.items() if read}),
+            partial_inputs=list(edits.inputs),
+            partial_outputs=list(edits.outputs),
+        ),
+        "collectives": _folded(
+            [tuple(getattr(c, name) for name in COLLECTIVE_FIELDS) for c in schedule.collectives], COLLECTIVE_FIELDS
+        ),
+        "calls": fold_paths(calls),
+    }
+
+
+def _length(length: Length) -> dict[str, Any]:
+    exactly = {} if length.exactly is None else {"exactly": length.exactly}
+    return {"input": length.input, "dim": length.dim, **exactly}
+
+
+def _cost(cost: PlannedCost) -> dict[str, Any]:
+    return {name: getattr(cost, name) for name in PlannedCost.__dataclass_fields__}
 
 
 def _unless_empty(**fields: Any) -> dict[str, Any]:
@@ -97,7 +116,6 @@ def _parameter(parameter: PlannedParameter, ranks: int) -> dict[str, Any]:
         "dtype": parameter.dtype,
         **_unless_empty(weight=parameter.is_weight),
         **where,
-        **_unless_empty(partial_grad=edit.partial_grad, lifted=edit.lifted),
     }
 
 
@@ -111,7 +129,7 @@ def _split(layout: Layout | None, ranks: int) -> dict[str, Any]:
         owned = [",".join(f"{a}:{b}" for a, b in intervals) for intervals in segment.owned]
         return {"length": segment.length, "local": segment.local, "owned": owned}
 
-    return {"split": [shown(segment) for segment in layout.segments]}
+    return {"split": [shown(segment) for segment in layout.segments], **_unless_empty(elastic=layout.elastic)}
 
 
 def _move(move: Move, ranks: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .plan_document import PlanDocument
 from .plan_encoding import content_of
 from .plan_model import Plan
 
-SCHEMA = "colrow.plan/1"
+SCHEMA = "colrow.plan/2"
 WIDTH = 160
 
 

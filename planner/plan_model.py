@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .edits import CallEdit, ParameterEdit
+from .edits import ForwardEdits, ParameterEdit
 from .graph import numel
 from .lowering import Collective
-from .sites import Site
+from .workloads import Length, Workload
 
 
 @dataclass(frozen=True)
@@ -71,64 +71,73 @@ class PlannedParameter:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What a plan was made for: a phase and the inputs' names, dtypes and shapes.
+class Schedule:
+    """What one workload's forward does over the plan's layout.
 
     Attributes:
-        name: Its name.
-        phase: prefill, decode or train.
-        inputs: ``(path, dtype name, shape)`` of every tensor input; positional ones are named by number.
-        values: Plain (non-tensor) keyword inputs.
-        context: Tokens already in the cache.
+        workload: What it was planned for.
+        edits: What the forward does.
+        collectives: Of one step, in order.
+        cost: Predicted time of the workload.
+        lengths: What it asks of the inputs of a call; where they are not so, the schedule that stands in runs.
+        stands_in: For the schedule of this workload that splits the sequence.
     """
 
-    name: str
-    phase: str
-    inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
-    values: tuple[tuple[str, Any], ...] = ()
-    context: int = 0
+    workload: Workload
+    edits: ForwardEdits
+    collectives: tuple[Collective, ...]
+    cost: PlannedCost
+    lengths: tuple[Length, ...] = ()
+    stands_in: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A weight layout, the edits that realise it, and what they cost.
+    """A weight layout, a schedule of moves per workload, and what they cost.
 
     Attributes:
         name: The model's class.
         tp: Ranks.
         hardware: Profile name.
-        workloads: What it was made for.
         options: Options that shaped it.
         parameters: All parameters, ties under every name.
         ties: Alias -> name.
-        calls: Edits of call expressions.
-        inputs: Floating inputs whose gradient would be partial on each rank.
-        outputs: Paths of returned values whose gradient is partial on each rank.
-        collectives: Of one step, in order.
+        schedules: One per workload, the first one's first; after one that splits the sequence, the one that stands in.
         unsplit: ``(fqn, bytes, reason)`` of every weight left whole.
         findings: What the user should know.
         assumptions: What the trace assumed.
-        cost: Predicted time.
-        memory_bytes: Per rank, by kind.
+        cost: Predicted time; of several workloads, their weighted sum.
+        memory_bytes: Per rank, by kind; of the workload that needs most.
     """
 
     name: str
     tp: int
     hardware: str
-    workloads: tuple[Workload, ...]
     options: Mapping[str, Any]
     parameters: tuple[PlannedParameter, ...]
     ties: Mapping[str, str]
-    calls: Mapping[Site, CallEdit]
-    inputs: tuple[str, ...]
-    collectives: tuple[Collective, ...]
+    schedules: tuple[Schedule, ...]
     unsplit: tuple[tuple[str, int, str], ...]
     findings: tuple[str, ...]
     assumptions: Mapping[str, str]
     cost: PlannedCost
     memory_bytes: Mapping[str, int]
-    outputs: tuple[str, ...] = ()
     statistics: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def planned(self) -> tuple[Schedule, ...]:
+        """The workloads' own schedules, without those that stand in."""
+        return tuple(schedule for schedule in self.schedules if not schedule.stands_in)
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """What it was made for."""
+        return tuple(schedule.workload for schedule in self.planned)
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Of one step of every workload, in order."""
+        return tuple(c for schedule in self.planned for c in schedule.collectives)
 
     @cached_property
     def layers(self) -> Mapping[str, str]:

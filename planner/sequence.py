@@ -51,4 +51,9 @@ def keeps_tokens(node: Node, placed: Placed, made: Placement | tuple[Placement, 
     """Whether ``node`` computes each token by itself where its operands are split along the sequence."""
     if not any(map(is_elastic, placed.values())):
         return True
-    return node.op in _TOKENWISE and is_elastic(made)
+    return works_on_tokens(node) and is_elastic(made)
+
+
+def works_on_tokens(node: Node) -> bool:
+    """Whether the operator is one of norms, residual sums, dropout and the like."""
+    return node.op in _TOKENWISE

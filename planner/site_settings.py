@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .candidates import Candidates
-from .edits import CallEdit, ParameterEdit
-from .graph import VIEWS, Graph, Node, Ref
+from .edits import CallEdit, ForwardEdits, ParameterEdit
+from .graph import VIEWS, Graph, Node, Ref, numel
 from .local_operators import leaves_of
 from .moves import Move, move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Shard
 from .roles import BlockOf, Weight
 from .sequence import is_read, sequence_splits
-from .sites import Frame, Site
+from .sites import Frame
 from .strategies import Fixed, Setting
 
 _NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
@@ -32,8 +32,8 @@ class Options:
         memory_cap: Bytes per rank for what the memory factors count.
         editable: Reason why a call site cannot be edited; None if it can.
         frozen: Sites (module, frames) that must not be edited.
-        fixed_calls: The only moves allowed, by site; None where all are open.
         fixed_parameters: The only layouts allowed, by parameter.
+        fixed_edits: The only moves allowed; None where all are open.
     """
 
     replicate: str = "never"
@@ -42,8 +42,8 @@ class Options:
     memory_cap: int | None = None
     editable: Callable[[tuple[Frame, ...]], str | None] = lambda frames: None
     frozen: frozenset[object] = frozenset()
-    fixed_calls: Mapping[Site, CallEdit] | None = None
     fixed_parameters: Mapping[str, ParameterEdit] | None = None
+    fixed_edits: ForwardEdits | None = None
 
 
 class Settings:
@@ -62,6 +62,8 @@ class Settings:
         self.graph, self.options, self.ranks, self.found = graph, options, ranks, found
         self.same, self.weights, self.gather_ps = same, weights, gather_ps
         self.sequences = sequence_splits(graph, ranks) if options.sequence_parallel and ranks > 1 else {}
+        insists = options.sequence_parallel is True
+        self.hidden_numel = {numel(shape) for shape in self.sequences if insists}
         self.users, self.block_of = graph.users(), BlockOf(graph)
         self.call_nodes: dict[int, list[int]] = {}
         for node in graph.nodes:
@@ -88,14 +90,13 @@ class Settings:
         gather = self.gather_ps if never and self.block_of(node.module) else 0
         fixed = self._fixed(node, operands, movable, editable)
         sequence = self.sequences.get(node.shape) if movable and node.differentiable else None
-        if is_read(node, sequence):
-            sequence = None
+        insists = movable and numel(node.shape) in self.hidden_numel and bool(self.block_of(node.module))
         return Setting(
             movable,
             convertible,
             editable,
-            sequence,
-            self.gather_ps // 4 if sequence is not None and self.options.sequence_parallel is True else 0,
+            None if is_read(node, sequence) else sequence,
+            self.gather_ps // 4 if insists else 0,
             gather,
             self.gather_ps // 2 if never else 0,
             self._births(node, editable),
@@ -106,7 +107,7 @@ class Settings:
         """Broadcast dims may be made in parts."""
         if node.op == "repeat_heads" and editable:
             inner = self.graph.calls[node.inner_call].site.frames if node.inner_call >= 0 else ()
-            fine = inner and (self.options.fixed_calls is not None or self.options.editable(inner) is None)
+            fine = inner and (self.options.fixed_edits is not None or self.options.editable(inner) is None)
             return tuple(s for s in self.found.of(node) if s.dim == node.arguments[1]) if fine else ()
         if node.op != "expand" or not editable:
             return ()
@@ -117,19 +118,17 @@ class Settings:
 
     def _fixed(self, node: Node, operands: tuple[int, ...], movable: bool, editable: bool) -> Fixed | None:
         """The moves a given plan makes at this operator."""
-        calls, parameters = self.options.fixed_calls, self.options.fixed_parameters
-        if calls is None or parameters is None:
+        fixed = self.options.fixed_edits
+        if fixed is None:
             return None
         call = self.graph.calls[node.call] if editable else None
-        edit = calls.get(call.site, CallEdit()) if call is not None else CallEdit()
+        edit = fixed.calls.get(call.site, CallEdit()) if call is not None else CallEdit()
         moves: list[Move | None] = []
         for index in operands:
             value = self.graph.nodes[index]
             if value.op == "parameter":
-                lifted = parameters[value.fqn].lifted
-                moves.append(
-                    move(PARTIAL_GRAD if parameters[value.fqn].partial_grad else WHOLE, PARTIAL) if lifted else None
-                )
+                stored = PARTIAL_GRAD if value.fqn in fixed.partial else WHOLE
+                moves.append(move(stored, PARTIAL) if value.fqn in fixed.lifted else None)
             else:
                 leaves = leaves_of(call, index) if call is not None else []
                 moves.append(next((step for leaf, step in edit.arguments if leaf in leaves), None))

@@ -14,7 +14,7 @@ How gradients are placed follows from the forward placements:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -30,7 +30,7 @@ from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replica
 from .pricing import Cost, Pricing
 from .rules import RULES, Operation
 from .rules.products import FACTORS
-from .sequence import is_elastic, is_read, keeps_tokens
+from .sequence import is_elastic, is_read, keeps_tokens, works_on_tokens
 
 Stored = Placement | tuple[Placement, ...]
 Fixed = tuple[tuple[Move | None, ...], Move | None]
@@ -379,8 +379,11 @@ def best_choice(
     return best[1]
 
 
-def slice_options(graph: Graph, node: Node, domains: Sequence[Domain]) -> list[list[Shard]]:
-    """For each operand, the splits that other operands may have along dims of equal length, counted from the right."""
+def slice_options(
+    graph: Graph, node: Node, domains: Sequence[Domain], sequences: Mapping[tuple[int, ...], Shard]
+) -> list[list[Shard]]:
+    """For each operand, the splits that other operands may have along dims of equal length, counted from the right,
+    and that along the sequence where the operator works on each token by itself."""
     operands = reads(node)
     options: list[list[Shard]] = []
     for i, index in enumerate(operands):
@@ -395,6 +398,8 @@ def slice_options(graph: Graph, node: Node, domains: Sequence[Domain]) -> list[l
                     and shape[stored.dim - offset : stored.dim - offset + 1] == (stored.layout.size,)
                 ):
                     found[Shard(stored.dim - offset, stored.layout)] = None
+        if shape in sequences and works_on_tokens(node):
+            found.setdefault(sequences[shape])
         options.append(list(found)[:MAX_SLICES])
     return options
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colrow.cost_models.errors import ValidationError
+from colrow.planner.layout import Layout, balanced
 from colrow.planner.moves import Move, Step
 
 from .groups import TpGroup
@@ -46,6 +48,29 @@ def reduce_scatter_parts(parts: Tensor, group: TpGroup) -> Tensor:
     return mine.squeeze(0)
 
 
+def stretched(layout: Layout, length: int, step: Step) -> Layout:
+    """A sequence's split at the length of this run.
+
+    Args:
+        layout: Of the length planned with.
+        length: Local where ``step`` makes the whole dim of it, else whole.
+        step: The step.
+
+    Raises:
+        ValidationError: The length does not divide.
+    """
+    whole = length * layout.ranks if step in ("all_gather", "pad") else length
+    if whole % layout.ranks:
+        raise ValidationError(
+            f"{step} of a sequence",
+            "its length does not divide by the ranks",
+            got=whole,
+            need=f"a multiple of {layout.ranks}",
+            remedy="Call the model itself, not a part of it: the model picks a schedule for any length.",
+        )
+    return balanced(whole, layout.ranks)
+
+
 def take(step: Step, x: Tensor, move: Move, group: TpGroup, is_backward: bool) -> Tensor:
     """One step of a move on a plain tensor; ``is_backward`` says how copies are treated (module docstring)."""
     if step == "identity":
@@ -56,6 +81,8 @@ def take(step: Step, x: Tensor, move: Move, group: TpGroup, is_backward: bool) -
         return x if group.rank == 0 else torch.zeros_like(x)
     dim, layout = move.dim, move.layout
     assert layout is not None, f"{step} needs a layout"
+    if layout.elastic:
+        layout = stretched(layout, x.shape[dim], step)
     if step == "all_gather":
         parts = all_gather_parts(x, group)
         if dim == 0 and is_plain(layout):

@@ -109,9 +109,10 @@ def _notes(plan: Plan, parameter: PlannedParameter) -> Iterator[str]:
         yield f"is {plan.ties[edit.fqn]}"
     if edit.layout is not None:
         yield from _layout_notes(edit.layout)
-    if edit.partial_grad:
+    edits = [schedule.edits for schedule in plan.planned]
+    if any(edit.fqn in one.partial for one in edits):
         yield "gradient summed"
-    if edit.lifted:
+    if any(edit.fqn in one.lifted for one in edits):
         yield "added on rank 0"
 
 

@@ -4,7 +4,7 @@ plan says."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.cost_models.errors import PlanFileError, UsageError
 from colrow.planner.blocks import block_paths, outermost
-from colrow.planner.edits import CallEdit, ParameterEdit
+from colrow.planner.edits import CallEdit, ForwardEdits, ParameterEdit
 from colrow.planner.formulation import RETURNED
 from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan
 from colrow.planner.sites import Frame, Site
 from colrow.planner.suitability import refuse_unsuitable
+from colrow.planner.trace import tied_names
 
 from .agreement import together
 from .bodies import edit_module
@@ -31,7 +32,8 @@ from .groups import TpGroup, group_of, tp_mesh
 from .identity import identity
 from .ranks import agree
 from .regions import install_regions
-from .replacements import replacement
+from .replacements import scheduled
+from .schedules import ChooseSchedule, Running, Stop
 from .storage import ParameterSpec, store
 from .undoing import all_or_nothing
 from .validation import meta_copy, validate, with_local_shapes
@@ -59,15 +61,23 @@ def parallelize(
     _agree(plan, group)
     together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
     with all_or_nothing(model):
-        together(lambda: edit_bodies(model, plan.calls, group), group, "parallelize")
-        stored = store(model, [spec_of(p.edit) for p in plan.parameters], axis)
+        running = Running(plan.schedules)
+        together(lambda: edit_bodies(model, plan, group, running), group, "parallelize")
+        stored = store(model, [spec_of(p.edit, plan.schedules[0].edits) for p in plan.parameters], axis)
         if checkpoint is not None:
             load_checkpoint(model, stored, checkpoint, axis)
-        install_regions(model, outermost(block_paths(model)), stored, group)
-        if plan.inputs:
-            model.register_forward_pre_hook(InputGradients(plan.inputs, group), with_kwargs=True)
-        if plan.outputs:
-            model.register_forward_hook(OutputGradients(plan.outputs, group))
+        edits = [schedule.edits for schedule in plan.schedules]
+        if len(edits) > 1:
+            chooses = ChooseSchedule(model, plan.schedules, running, plan.tp)
+            model.register_forward_pre_hook(chooses, with_kwargs=True)
+        install_regions(model, outermost(block_paths(model)), stored, group, running, edits)
+        if any(one.inputs for one in edits):
+            inputs = InputGradients([one.inputs for one in edits], group, running)
+            model.register_forward_pre_hook(inputs, with_kwargs=True)
+        if any(one.outputs for one in edits):
+            model.register_forward_hook(OutputGradients([one.outputs for one in edits], group, running))
+        if len(edits) > 1:
+            model.register_forward_hook(Stop(running), always_call=True)
     _same_random_state(group)
     return model
 
@@ -78,7 +88,7 @@ _validating = threading.Lock()
 
 def _agree(plan: Plan, group: TpGroup) -> None:
     """All ranks start the same plan, or none does; asked through the store, since a collective would hang."""
-    agree(distributed_c10d._get_default_store(), f"{plan.tp} {plan.digest}", group)
+    agree(distributed_c10d._get_default_store(), plan.digest, group)
     if group.size != plan.tp:
         raise UsageError(
             "mesh",
@@ -116,16 +126,17 @@ def _check(model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path 
     with _validating:
         if key not in _validated:
             edited = with_local_shapes(model, plan)
-            edit_bodies(edited, plan.calls, group)
-            validate(meta_copy(model), edited, plan)
+            running = Running(plan.schedules)
+            edit_bodies(edited, plan, group, running)
+            validate(meta_copy(model), edited, plan, running)
             _validated.add(key)
 
 
 class InputGradients:
     """Pre-hook of the model: inputs that want a gradient get the sum of the ranks' partial ones."""
 
-    def __init__(self, names: tuple[str, ...], group: TpGroup) -> None:
-        self.names, self.group = frozenset(names), group
+    def __init__(self, names: Sequence[tuple[str, ...]], group: TpGroup, running: Running) -> None:
+        self.names, self.group, self.running = [frozenset(of_one) for of_one in names], group, running
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copies such inputs; nothing is done, or sent, for inputs without gradients."""
@@ -133,7 +144,8 @@ class InputGradients:
         named = [*enumerate(args), *kwargs.items()]
         if not any(isinstance(v, Tensor) and v.requires_grad for _, v in named):
             return None
-        moved = {key: apply_move(v, _COPY, self.group) if str(key) in self.names else v for key, v in named}
+        names = self.names[self.running.index]
+        moved = {key: apply_move(v, _COPY, self.group) if str(key) in names else v for key, v in named}
         return tuple(moved[i] for i in range(len(args))), {key: moved[key] for key in kwargs}
 
 
@@ -141,13 +153,13 @@ class OutputGradients:
     """Post-hook of the model: what the caller does with a returned value whose gradient is partial counts on one
     rank."""
 
-    def __init__(self, paths: tuple[str, ...], group: TpGroup) -> None:
-        self.paths, self.group = [path.split(".") for path in paths], group
+    def __init__(self, paths: Sequence[tuple[str, ...]], group: TpGroup, running: Running) -> None:
+        self.paths, self.group, self.running = [[p.split(".") for p in of_one] for of_one in paths], group, running
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Lifts the gradient of such values, in the containers they are returned in."""
         del module, args
-        for path in self.paths:
+        for path in self.paths[self.running.index]:
             output = self._changed(output, path)
         return output
 
@@ -168,18 +180,23 @@ class OutputGradients:
 _COPY = Move("identity", "all_reduce")
 
 
-def edit_bodies(model: nn.Module, calls: Mapping[Site, CallEdit], group: TpGroup) -> None:
-    """Edits every forward the plan names."""
+def edit_bodies(model: nn.Module, plan: Plan, group: TpGroup, running: Running) -> None:
+    """Edits every forward that any schedule of the plan names."""
+    by_site: dict[Site, list[CallEdit | None]] = {}
+    for index, schedule in enumerate(plan.schedules):
+        for site, edit in schedule.edits.calls.items():
+            by_site.setdefault(site, [None] * len(plan.schedules))[index] = edit
     by_module: dict[str, dict[tuple[Frame, ...], Replacement]] = {}
-    for site, edit in calls.items():
-        by_module.setdefault(site.module, {})[site.frames] = replacement(str(site.frames[-1]), edit, group)
-    for path, edits in by_module.items():
-        edit_module(model.get_submodule(path), edits)
+    for site, edits in by_site.items():
+        made = scheduled(str(site.frames[-1]), edits, group, running)
+        by_module.setdefault(site.module, {})[site.frames] = made
+    for path, replacements in by_module.items():
+        edit_module(model.get_submodule(path), replacements)
 
 
-def spec_of(edit: ParameterEdit) -> ParameterSpec:
-    """The storage's view of a parameter edit."""
-    return ParameterSpec(edit.fqn, edit.dim, edit.layout, edit.partial_grad, edit.lifted)
+def spec_of(edit: ParameterEdit, edits: ForwardEdits) -> ParameterSpec:
+    """The storage's view of a parameter, as a schedule's forward reads it."""
+    return ParameterSpec(edit.fqn, edit.dim, edit.layout, edit.fqn in edits.partial, edit.fqn in edits.lifted)
 
 
 def check_same_model(model: nn.Module, plan: Plan) -> None:
@@ -192,6 +209,18 @@ def check_same_model(model: nn.Module, plan: Plan) -> None:
     want = {p.edit.fqn: p.shape for p in plan.parameters}
     for name in sorted(set(want) - set(have)):
         raise PlanFileError(name, "the plan has a parameter that the model lacks", remedy="Plan this model again.")
+    for name in sorted(set(have) - set(want) - set(plan.ties)):
+        raise PlanFileError(name, "the plan lacks this parameter of the model", remedy="Plan this model again.")
+    ties = tied_names(model)
+    for name in sorted(set(ties) | set(plan.ties)):
+        if ties.get(name) != plan.ties.get(name):
+            raise PlanFileError(
+                name,
+                "tied otherwise than when the plan was made",
+                got=ties.get(name, "not tied"),
+                need=plan.ties.get(name, "not tied"),
+                remedy="Plan this model again.",
+            )
     for name, shape in want.items():
         if have[name] != shape:
             raise PlanFileError(

@@ -9,7 +9,8 @@ of the gradients, and all-reduces the partial ones in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from .collectives import all_reduce
 from .gradients import delivered
 from .groups import TpGroup
 from .slices import gaps, local_part, padded_part, without_gaps
+from .schedules import Running
 from .storage import ParameterSpec, owners
 
 Slot = tuple[nn.Module, str]
@@ -39,9 +41,10 @@ class Reader:
         is_plain: What is stored is what is read.
         is_masked: Padding in the gradient must be zeroed.
         is_partial: Gradients are partial sums: marked so, or of intervals that several ranks read.
+        forms: How each schedule reads it.
     """
 
-    __slots__ = ("is_masked", "is_partial", "is_plain", "slots", "spec")
+    __slots__ = ("forms", "is_masked", "is_partial", "is_plain", "slots", "spec")
 
     def __init__(self, spec: ParameterSpec, slots: list[Slot], rank: int) -> None:
         is_cut = spec.split is not None and spec.encoding == "whole"
@@ -49,6 +52,7 @@ class Reader:
         self.is_plain = not is_cut and not (spec.lifted and rank)
         self.is_masked = spec.split is not None and not is_cut and bool(gaps(spec.split[1], rank))
         self.is_partial = spec.partial_grad or is_cut
+        self.forms: tuple[Reader, ...] = (self,)
 
     def read(self, stored: Tensor, rank: int) -> Tensor:
         """What the forward code of ``rank`` sees: [stored block] -> [local shape]."""
@@ -131,8 +135,8 @@ class _ReadTraced(torch.autograd.Function):
 class Region:
     """The parameters that are read together, and the hooks of the module whose forward reads them."""
 
-    def __init__(self, module: nn.Module, readers: list[Reader], group: TpGroup) -> None:
-        self.module, self.readers, self.group = module, readers, group
+    def __init__(self, module: nn.Module, readers: list[Reader], group: TpGroup, running: Running | None) -> None:
+        self.module, self.readers, self.group, self.running = module, readers, group, running
         self.depth = 0  # of nested calls: a module that calls itself reads its parameters once
         self.is_installed = False
         self.checkpointed = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
@@ -153,7 +157,9 @@ class Region:
         readers: list[Reader] = []
         parameters: list[Tensor] = []
         self.is_installed = True
-        for reader in self.readers:
+        schedule = self.running.index if self.running is not None else 0
+        for known in self.readers:
+            reader = known.forms[schedule]
             owner, name = reader.slots[0]
             p: Any = owner._parameters[name]
             if len(p._spec.placements) != 1:  # FSDP2 has it in pieces
@@ -196,13 +202,16 @@ class Region:
         if not any(part.gradient_checkpointing and part.training for part in self.checkpointed):
             return
         views = [(owner, name, owner.__dict__[name]) for reader in self.readers for owner, name in reader.slots]
+        schedule = self.running.index if self.running is not None else 0
 
         def install(gradient: Tensor) -> None:
+            if self.running is not None:
+                self.running.index = schedule
             if not self.is_installed:
                 self.is_installed = True
                 for owner, name, view in views:
                     owner.__dict__[name] = view
-                torch.autograd.Variable._execution_engine.queue_callback(self.remove)  # at the end of the backward
+                torch.autograd.Variable._execution_engine.queue_callback(self.forget)  # at the end of the backward
 
         for value in tree_leaves(output):
             if isinstance(value, Tensor) and value.requires_grad:
@@ -214,6 +223,12 @@ class Region:
         for reader in self.readers:
             for owner, name in reader.slots:
                 owner.__dict__.pop(name, None)
+
+    def forget(self) -> None:
+        """The backward that recomputed is over."""
+        self.remove()
+        if self.running is not None:
+            self.running.stop()
 
     def hand_on(self) -> None:
         """Give the parameters that FSDP2 gathers inside this module to regions at those FSDP modules, for good.
@@ -240,11 +255,16 @@ class Region:
                 )
         self.readers = kept
         for module, readers in moved.items():
-            Region(module, readers, self.group)
+            Region(module, readers, self.group, self.running)
 
 
 def install_regions(
-    model: nn.Module, blocks: Iterable[str], plan: dict[str, ParameterSpec], group: TpGroup
+    model: nn.Module,
+    blocks: Iterable[str],
+    plan: dict[str, ParameterSpec],
+    group: TpGroup,
+    running: Running | None = None,
+    edits: Sequence[ForwardEdits] = (),
 ) -> list[Region]:
     """Make the forwards of ``model`` see local tensors. ``store`` has run before; FSDP2's ``fully_shard`` comes after.
 
@@ -253,6 +273,8 @@ def install_regions(
         blocks: Paths of modules that read their parameters themselves (decoder layers); the innermost one counts.
         plan: The spec of every parameter name (``store`` returns it).
         group: The tensor-parallel group.
+        running: Says which of several schedules a forward follows.
+        edits: Of these schedules; which of them lift a parameter, or leave its gradient partial.
 
     Returns:
         One region per block; one of the root for the rest; and one per module of the rest, for calls that do not come
@@ -274,5 +296,13 @@ def install_regions(
             if id(value) in known:
                 known[id(value)].slots.append((owner, name))
             else:
-                known[id(value)] = Reader(plan[fqn], [(owner, name)], group.rank)
-    return [Region(modules[path], list(readers.values()), group) for path, readers in regions.items()]
+                known[id(value)] = _reader(plan[fqn], [(owner, name)], group.rank, edits)
+    return [Region(modules[path], list(readers.values()), group, running) for path, readers in regions.items()]
+
+
+def _reader(spec: ParameterSpec, slots: list[Slot], rank: int, edits: Sequence[ForwardEdits]) -> Reader:
+    reader = Reader(spec, slots, rank)
+    forms = [replace(spec, partial_grad=spec.fqn in one.partial, lifted=spec.fqn in one.lifted) for one in edits]
+    if len(forms) > 1:
+        reader.forms = tuple(Reader(form, slots, rank) for form in forms)
+    return reader

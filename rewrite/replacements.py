@@ -7,7 +7,7 @@ of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from . import markers
 from .clones import Replacement
 from .collectives import apply_move
 from .groups import TpGroup
+from .schedules import Running
 from .vocab import mean_of_shard, vocab_parallel_embedding
 
 
@@ -98,6 +99,27 @@ def replacement(where: str, edit: CallEdit, group: TpGroup) -> Replacement:
     if edit.result is not None and not (edit.arguments or edit.integers or edit.operator):
         return MovedResult(edit.result, group)
     return EditedCall(where, edit, group)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """The replacement of the schedule that runs; None where that leaves the call as it is."""
+
+    forms: tuple[Replacement | None, ...]
+    running: Running
+
+    def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call in the running schedule's form."""
+        form = self.forms[self.running.index]
+        return func(*args, **kwargs) if form is None else form(func, *args, **kwargs)
+
+
+def scheduled(where: str, edits: Sequence[CallEdit | None], group: TpGroup, running: Running) -> Replacement:
+    """The cheapest form of a call's edits in all schedules."""
+    forms = tuple(None if edit is None else replacement(where, edit, group) for edit in edits)
+    if forms[0] is not None and all(form == forms[0] for form in forms):
+        return forms[0]
+    return Scheduled(forms, running)
 
 
 def _moved(x: Tensor, move: Move, group: TpGroup) -> Tensor:

@@ -38,7 +38,15 @@ Encoding = Literal["whole", "even", "reordered"]
 
 @dataclass(frozen=True)
 class ParameterSpec(ParameterEdit):
-    """How one parameter is split and read (`ParameterEdit`), and what that means for how it is stored."""
+    """How one parameter is split and read, and what that means for how it is stored.
+
+    Attributes:
+        partial_grad: Each rank computes a partial sum of its gradient.
+        lifted: It joins a partial sum, so that only the first rank reads it.
+    """
+
+    partial_grad: bool = False
+    lifted: bool = False
 
     @property
     def split(self) -> tuple[int, Layout] | None:

@@ -31,31 +31,34 @@ from colrow.planner.lowering import Lowered
 from colrow.planner.moves import Move
 from colrow.planner.placement import Placement, Shard
 from colrow.planner.plan_model import Plan
-from colrow.planner.planning import example_of, recheck
+from colrow.planner.replanning import recheck
 from colrow.planner.strategies import Stored, is_leaf, reads
 from colrow.planner.trace import trace
+from colrow.planner.workloads import example_of
 
 from . import markers
+from .schedules import Running
 
 _SIZES = frozenset({"view", "reshape", "expand", "unflatten", "new_empty", "new_zeros", "new_ones", "new_full"})
 
 
-def validate(dense: nn.Module, edited: nn.Module, plan: Plan) -> None:
+def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) -> None:
     """Shows that ``edited`` is what ``plan`` makes of ``dense``.
 
     Args:
         dense: A meta copy of the model as it was (`meta_copy`).
         edited: A meta copy with local parameter shapes (`with_local_shapes`) and edited bodies.
         plan: The plan.
+        running: What the edited bodies follow.
 
     Raises:
         ValidationError: Names the first node that differs.
     """
-    for workload in plan.workloads:
-        inputs = example_of(workload)
+    for index, schedule in enumerate(plan.schedules):
+        inputs = example_of(schedule.workload)
         planned = trace(dense, inputs)
         try:
-            formulation, _, lowered = recheck(planned, plan, _profile(plan))
+            solved = recheck(planned, plan, _profile(plan), schedule)
         except Infeasible as error:
             differing = [
                 f"{fact} {now} instead of {plan.assumptions[fact]}"
@@ -68,9 +71,10 @@ def validate(dense: nn.Module, edited: nn.Module, plan: Plan) -> None:
                 got=", ".join(differing) or None,
                 remedy="Plan this model as it is now.",
             ) from error
+        running.index = index
         with markers.switched_on():
             local = trace(edited, inputs)
-        _Comparison(formulation, lowered, local).run()
+        _Comparison(solved.formulation, solved.lowered, local).run()
 
 
 def _profile(plan: Plan) -> Hardware:
@@ -195,7 +199,7 @@ class _Comparison:
     def _operator(self, node: Node) -> OperatorEdit | None:
         if node.call < 0:
             return None
-        edit = self.lowered.calls.get(self.graph.calls[node.call].site)
+        edit = self.lowered.edits.calls.get(self.graph.calls[node.call].site)
         operator = edit.operator if edit is not None else None
         if operator is None or operator.name == "rank_random":
             return None

@@ -134,7 +134,7 @@ def _steps(model: nn.Module, inputs: Inputs, optimiser: str, full: Full) -> Step
 
 def _on_rank(dense: nn.Module, inputs: Inputs, p: Plan) -> dict[str, Steps]:
     """One rank's part of ``verify``; rank 0 returns the dense tensors, the others what must be equal to its."""
-    specs = {parameter.edit.fqn: spec_of(parameter.edit) for parameter in p.parameters}
+    specs = {parameter.edit.fqn: spec_of(parameter.edit, p.schedules[0].edits) for parameter in p.parameters}
 
     def full(fqn: str, value: Tensor) -> Tensor:
         dense_tensor: Tensor = as_dense(value, specs[fqn]).full_tensor()  # type: ignore[arg-type]

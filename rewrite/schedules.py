@@ -1,0 +1,95 @@
+"""Which of a plan's schedules a forward follows: decided at the model's input from phase and shapes, alike on all
+ranks."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.planner.plan_model import Schedule
+from colrow.planner.workloads import Length, phase_of
+
+
+class Running:
+    """The schedule that the running forward follows; shared by a model's edits, hooks and copies.
+
+    Attributes:
+        index: Its position in the plan.
+        otherwise: Of the schedule for calls that do not come through the model: it takes any shapes.
+    """
+
+    def __init__(self, schedules: Sequence[Schedule]) -> None:
+        self.otherwise = next(i for i, schedule in enumerate(schedules) if not schedule.lengths)
+        self.index = self.otherwise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Running:
+        """Copies of a model share its edited functions, which look here."""
+        return self
+
+    def stop(self) -> None:
+        """The forward is over."""
+        self.index = self.otherwise
+
+
+class ChooseSchedule:
+    """Pre-hook of the model: picks the schedule for this call's inputs."""
+
+    def __init__(self, model: nn.Module, schedules: Sequence[Schedule], running: Running, ranks: int) -> None:
+        self.schedules, self.running, self.ranks = tuple(schedules), running, ranks
+        self.names = list(inspect.signature(model.forward).parameters)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Inputs are known by their number and by their name."""
+        del module
+        given: dict[str, Tensor] = {}
+        for number, value in enumerate(args):
+            names = [str(number), *self.names[number : number + 1]]
+            given.update(dict.fromkeys(names, value) if isinstance(value, Tensor) else {})
+        for name, value in kwargs.items():
+            numbers = [str(self.names.index(name))] if name in self.names else []
+            given.update(dict.fromkeys([name, *numbers], value) if isinstance(value, Tensor) else {})
+        self.running.index = chosen(self.schedules, given, torch.is_grad_enabled(), self.ranks)
+
+
+class Stop:
+    """Hook of the model, called after exceptions too: its forward is over."""
+
+    def __init__(self, running: Running) -> None:
+        self.running = running
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Calls of parts of the model follow the schedule that takes any shapes."""
+        self.running.stop()
+
+
+def chosen(schedules: Sequence[Schedule], given: Mapping[str, Tensor], trains: bool, ranks: int) -> int:
+    """Position of the schedule for ``given`` inputs.
+
+    Of the workloads of the phase (all, where there is none) the one whose inputs are nearest in size; if it splits the
+    sequence and the lengths do not divide, the one that stands in for it.
+    """
+    own = [i for i, schedule in enumerate(schedules) if not schedule.stands_in]
+    of_phase = [i for i in own if (phase_of(schedules[i].workload.name) == "train") == trains]
+    best = min(of_phase or own, key=lambda i: (_distance(schedules[i], given), i))
+    fits = all(_holds(length, given.get(length.input), ranks) for length in schedules[best].lengths)
+    return best if fits else best + 1
+
+
+def _distance(schedule: Schedule, given: Mapping[str, Tensor]) -> float:
+    """Of the elements of common inputs, as logarithms; nothing in common is far."""
+    common = [(math.prod(shape), given[path]) for path, _, shape in schedule.workload.inputs if path in given]
+    if not common:
+        return math.inf
+    return sum(abs(math.log(max(1, planned) / max(1, value.numel()))) for planned, value in common)
+
+
+def _holds(length: Length, value: Tensor | None, ranks: int) -> bool:
+    if value is None or value.dim() <= length.dim:
+        return False
+    found = value.shape[length.dim]
+    return found == length.exactly if length.exactly is not None else found % ranks == 0
