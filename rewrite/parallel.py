@@ -216,7 +216,7 @@ def check_same_model(model: nn.Module, plan: Plan) -> None:
         if ties.get(name) != plan.ties.get(name):
             raise PlanFileError(
                 name,
-                "tied otherwise than when the plan was made",
+                "tied otherwise than planned",
                 got=ties.get(name, "not tied"),
                 need=plan.ties.get(name, "not tied"),
                 remedy="Plan this model again.",
