@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -168,6 +169,36 @@ def verify(**options: Any) -> None:
     verify_command(**options)
 
 
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class _Listed(click.ParamType[tuple[Any, ...]]):
+    """Comma-separated values of one type, numbers above 0."""
+
+    def __init__(self, each: Callable[[str], Any], name: str) -> None:
+        self.each, self.name = each, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """The values; click also passes what is converted already."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(self.each(part.strip()) for part in value.split(","))
+        except ValueError:
+            found = ()
+        if not found or any(isinstance(one, (int, float)) and not 0 < one < float("inf") for one in found):
+            self.fail(f"{value!r} is not a list of positive numbers, such as 1,2,4", param, ctx)
+        return found
+
+
+def _listed(each: Callable[[str], Any], name: str, default: str, text: str) -> Callable[[_Command], _Command]:
+    """An option that takes several values at once."""
+    metavar = "NAME,..." if each is str else "N,..."
+    return click.option(
+        name, type=_Listed(each, metavar), default=default, metavar=metavar, show_default=True, help=text
+    )
+
+
 def _ids(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
     try:
         return None if value is None else [int(part) for part in value.replace(",", " ").split()]
@@ -264,3 +295,24 @@ def coverage(**options: Any) -> None:
     from .coverage import coverage_command
 
     coverage_command(**options)
+
+
+@main.command()
+@click.argument("source")
+@_listed(int, "--tp", "1,2,4,8", "Ranks.")
+@_listed(int, "--batch", "1", "Sequences per step.")
+@_listed(int, "--seq", "2048", "Tokens per sequence; in decode, in the KV cache.")
+@_listed(str, "--hardware", "h100-sxm", "Profiles, by name or path.")
+@_listed(float, "--link-speed", "1", "Multiples of each profile's link bandwidth.")
+@click.option("--phase", type=click.Choice(["prefill", "decode", "train"]), default="prefill", show_default=True)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32", "fp64"]), default="bf16", show_default=True)
+@click.option("--sequence-parallel", type=click.Choice(["off", "on", "auto"]), default="off", show_default=True)
+@click.option("--memory-gb", type=click.FloatRange(min=0, min_open=True), help="Cap per rank, 1 GB = 1e9 bytes.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Also draw the charts into this .png or .svg.")
+@as_json
+@debug
+def sweep(**options: Any) -> None:
+    """Compare tp, batches, lengths and machines: time, memory, R = T_comm / T_comp, and which tp to use."""
+    from .sweep_command import sweep_command
+
+    sweep_command(**options)

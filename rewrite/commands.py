@@ -10,10 +10,12 @@ from typing import Any, Literal
 from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
 from colrow.cost_models.hardware import load_hardware
 from colrow.planner.plan_file import read
-from colrow.planner.plan_model import Plan, Workload
-from colrow.planner.planning import LARGEST_TP, replan
+from colrow.planner.plan_model import Plan
+from colrow.planner.planning import LARGEST_TP
 from colrow.planner.planning import plan as make_plan
+from colrow.planner.replanning import replan
 from colrow.planner.sources import DTYPES, Source, load_source
+from colrow.planner.workloads import Workload
 
 from . import display
 from .answers import check_writable, json_text, progress, written_whole
