@@ -31,7 +31,7 @@ from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from .pricing import Pricing
 from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, label_of, outer_blocks, weights
 from .site_settings import Options, Settings
-from .strategies import Choices, Domain, Setting, Stored, is_leaf, reads, slice_options, tabulate
+from .strategies import Choices, Domain, Setting, Stored, fixed_slices, is_leaf, reads, slice_options, tabulate
 
 REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38
@@ -273,6 +273,8 @@ class _Builder:
             slices = [[] for _ in operands]
             if any(setting.convertible):
                 slices = slice_options(self.graph, node, domains, self.settings.sequences)
+            if setting.fixed is not None:
+                slices = fixed_slices(setting)
             copied = setting, slices, self._tabulated(node, operands, domains, ids, setting, slices)
             self.tables[(node.template, ids)] = copied
         setting, slices, made = copied

@@ -404,6 +404,15 @@ def slice_options(
     return options
 
 
+def fixed_slices(setting: Setting) -> list[list[Shard]]:
+    """For each operand, the one split that a given plan cuts it into, if it does."""
+    moves = setting.fixed[0] if setting.fixed is not None else ()
+    return [
+        [Shard(m.dim, m.layout)] if m is not None and m.forward == "slice" and m.layout is not None else []
+        for m in moves
+    ]
+
+
 def is_leaf(node: Node) -> bool:
     """Parameters, buffers, inputs and constants."""
     return node.op in LEAVES
