@@ -62,8 +62,8 @@ class Settings:
         self.graph, self.options, self.ranks, self.found = graph, options, ranks, found
         self.same, self.weights, self.gather_ps = same, weights, gather_ps
         self.sequences = sequence_splits(graph, ranks) if options.sequence_parallel and ranks > 1 else {}
-        insists = options.sequence_parallel is True
-        self.hidden_numel = {numel(shape) for shape in self.sequences if insists}
+        insists = bool(self.sequences) and options.sequence_parallel is True
+        self.least_avoided = min(map(numel, self.sequences)) if insists else None
         self.users, self.block_of = graph.users(), BlockOf(graph)
         self.call_nodes: dict[int, list[int]] = {}
         for node in graph.nodes:
@@ -90,18 +90,24 @@ class Settings:
         gather = self.gather_ps if never and self.block_of(node.module) else 0
         fixed = self._fixed(node, operands, movable, editable)
         sequence = self.sequences.get(node.shape) if movable and node.differentiable else None
-        insists = movable and numel(node.shape) in self.hidden_numel and bool(self.block_of(node.module))
+        sequence = None if is_read(node, sequence) else sequence
         return Setting(
             movable,
             convertible,
             editable,
-            None if is_read(node, sequence) else sequence,
-            self.gather_ps // 4 if insists else 0,
+            sequence,
+            self.gather_ps // 4 if movable and self._avoids_all_reduce(node, sequence) else 0,
             gather,
             self.gather_ps // 2 if never else 0,
             self._births(node, editable),
             fixed,
         )
+
+    def _avoids_all_reduce(self, node: Node, sequence: Shard | None) -> bool:
+        """Whether a reduce_scatter is asked for instead: of what is as large as a sequence, inside blocks, or is one."""
+        if self.least_avoided is None:
+            return False
+        return sequence is not None or (bool(self.block_of(node.module)) and numel(node.shape) >= self.least_avoided)
 
     def _births(self, node: Node, editable: bool) -> tuple[Shard, ...]:
         """Broadcast dims may be made in parts."""
