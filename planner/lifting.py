@@ -142,6 +142,8 @@ class _Lifting:
                 self.value[node] = args[0]
                 self._measure(args[0], self.measured.get(node, ()))
                 return
+        if name == "type_as":  # of the second operand nothing is read but its dtype
+            name, args = "to", args[:1]
         self._append(node, name, args, kwargs, node.target._overloadname)
         if name.endswith("_") and not name.endswith("__"):
             self._changed_in_place(node)
