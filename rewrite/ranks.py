@@ -6,10 +6,12 @@ waits for nobody.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from .groups import TpGroup
 from .processes import Failure, described, exit_code_of, rank_error, run_processes
 
 Backend = Literal["simulated", "gloo"]
+STRAGGLING_S = 45.0  # once a rank is through, the others are at most a few collectives behind it
 _one_simulation = threading.Lock()  # the threaded process group keeps its rendezvous in class attributes
 
 
@@ -60,10 +63,6 @@ def run_ranks(
 
 
 def _run_threads(fn: Callable[..., Any], size: int, args: Sequence[Any], timeout_s: float) -> list[Any]:
-    from torch._C._distributed_c10d import HashStore, _set_thread_isolation_mode  # type: ignore[attr-defined]
-
-    threaded: Any = import_module("torch.testing._internal.distributed.multi_threaded_pg")  # private, hence late
-
     if dist.is_initialized():
         raise UsageError(
             "ranks", "simulated ranks cannot start inside a process group", remedy="Use gloo ranks, or destroy it."
@@ -72,39 +71,26 @@ def _run_threads(fn: Callable[..., Any], size: int, args: Sequence[Any], timeout
     failures: list[tuple[int, BaseException]] = []
     ended = threading.Semaphore(0)
 
-    def run(rank: int) -> None:
-        try:
-            dist.init_process_group(backend="threaded", rank=rank, world_size=size, store=store)
-            results[rank] = fn(*args)
-        except BaseException as error:  # SystemExit too: a rank that exits has failed
-            failures.append((rank, error))
-            threaded.ProcessLocalGroup.exception_handle(error)
-        finally:
-            ended.release()
+    with _one_simulation, _threaded_groups() as (store, wake):
 
-    with _one_simulation:
-        _set_thread_isolation_mode(True)
-        threaded._install_threaded_pg()
-        store = HashStore()
-        try:
-            deadline = time.monotonic() + timeout_s
-            threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+        def run(rank: int) -> None:
+            try:
+                dist.init_process_group(backend="threaded", rank=rank, world_size=size, store=store)
+                results[rank] = fn(*args)
+            except BaseException as error:  # SystemExit too: a rank that exits has failed
+                failures.append((rank, error))
+                wake(error)
+            finally:
+                ended.release()
+
+        threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        late = _late(threads, ended, timeout_s)
+        if late:
+            wake(TimeoutError())
             for thread in threads:
-                thread.start()
-            for _ in range(size):
-                if not ended.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                    break
-                # One is through, so the others are at most a few collectives behind.
-                deadline = min(deadline, time.monotonic() + 45)
-            late = [rank for rank, thread in enumerate(threads) if thread.is_alive() and not _joined(thread)]
-            if late:
-                threaded.ProcessLocalGroup.exception_handle(TimeoutError())  # wakes those that wait in a collective
-                for thread in threads:
-                    thread.join(5)
-        finally:
-            threaded.ProcessLocalGroup.reset()
-            threaded._uninstall_threaded_pg()
-            _set_thread_isolation_mode(False)
+                thread.join(5)
     if failures:
         rank, error = failures[0]
         trace = "".join(traceback.format_exception(error))
@@ -117,6 +103,35 @@ def _run_threads(fn: Callable[..., Any], size: int, args: Sequence[Any], timeout
             remedy="Do all ranks make the same collectives?",
         )
     return results
+
+
+@contextmanager
+def _threaded_groups() -> Iterator[tuple[Store, Callable[[BaseException], None]]]:
+    """Process groups of threads while the body runs: their store, and what ends the waiting of all ranks in a
+    collective."""
+    from torch._C._distributed_c10d import HashStore, _set_thread_isolation_mode  # type: ignore[attr-defined]
+
+    threaded: Any = import_module("torch.testing._internal.distributed.multi_threaded_pg")  # private, hence late
+    hooks = sys.excepthook, threading.excepthook  # init_process_group puts its own around sys.excepthook, every time
+    _set_thread_isolation_mode(True)
+    threaded._install_threaded_pg()
+    try:
+        yield HashStore(), threaded.ProcessLocalGroup.exception_handle
+    finally:
+        threaded.ProcessLocalGroup.reset()
+        threaded._uninstall_threaded_pg()
+        _set_thread_isolation_mode(False)
+        sys.excepthook, threading.excepthook = hooks
+
+
+def _late(threads: list[threading.Thread], ended: threading.Semaphore, timeout_s: float) -> list[int]:
+    """Waits for all ranks; those that still run after ``timeout_s``, or well after the first one ended."""
+    deadline = time.monotonic() + timeout_s
+    for _ in threads:
+        if not ended.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            break
+        deadline = min(deadline, time.monotonic() + STRAGGLING_S)
+    return [rank for rank, thread in enumerate(threads) if thread.is_alive() and not _joined(thread)]
 
 
 def _joined(thread: threading.Thread) -> bool:

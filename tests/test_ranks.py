@@ -1,9 +1,11 @@
 """Ranks: results, agreement between ranks, and every way a rank can fail."""
 
+import contextlib
 import os
 import re
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -39,6 +41,20 @@ def test_gloo_ranks_can_be_spawned(monkeypatch):
     assert [rank for _, _, rank in run_ranks(summed_rank, 2, "gloo")] == [0, 1]
     with pytest.raises(UsageError, match="cannot be sent"):
         run_ranks(lambda: None, 2, "gloo")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_simulated_ranks_leave_the_process_as_it_was(fails):
+    def run():
+        assert sys.excepthook is not before[0], "or this test shows nothing"
+        if fails:
+            raise ValueError
+
+    before = sys.excepthook, threading.excepthook, threading.active_count()
+    with contextlib.suppress(RankError):
+        run_ranks(run, 2)
+    assert (sys.excepthook, threading.excepthook, threading.active_count()) == before
+    assert not dist.is_initialized()
 
 
 def waits_for_the_others():

@@ -146,7 +146,7 @@ def other_code(rank):
         (with_more, None, "PlanFileError", 2, "blocks.1.extra.bias: the plan lacks this parameter"),
         (lambda rank: Decoder(1), None, "PlanFileError", 2, "the plan has a parameter that the model lacks"),
         (lambda rank: Decoder(2, tied=True), None, "PlanFileError", 2, "tied otherwise than planned; got embed.weight"),
-        (lambda rank: Decoder(2), lambda _: planned(tied=True), "PlanFileError", 2, "otherwise than planned; got not tied"),
+        (lambda rank: Decoder(2), lambda _: planned(tied=True), "PlanFileError", 2, "than planned; got not tied"),
         (lambda rank: Decoder(2), lambda rank: planned(3), "UsageError", 2, "mesh: the plan was made for another"),
         (other_code, None, "ValidationError", 1, "Decoder: the plan is not exact for this model"),
     ],
