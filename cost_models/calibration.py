@@ -1,4 +1,4 @@
-"""A hardware profile from what was measured on a machine: the fits of `fit_profiles`, the rates as they are.
+"""A hardware profile from what was measured on a machine: curves as `fit_profiles` makes them, the rates as they are.
 
 Nothing is taken from another machine: a kind or group size that was not measured has no curve.
 """
@@ -12,9 +12,10 @@ from statistics import median
 from typing import Any
 
 from .communication import COLLECTIVE_KINDS, CollectiveKind
+from .compute import matmul_bytes, matmul_flops, matmul_s
 from .fit_profiles import measured_groups, rounded
 from .hardware import SCHEMA, Hardware, parse_hardware
-from .segment_fit import Row, fit_segments, relative_errors
+from .measured_curve import Row, curve_through
 
 LICENCE = "LicenseRef-own-measurement"
 LARGE = 256  # m, n and k of the matmuls whose rate counts as achievable
@@ -44,7 +45,9 @@ class Measurements:
         collectives: Kind -> group size -> (bytes of the whole tensor, seconds), sizes ascending.
         matmuls: torch dtype name -> products.
         stream_bytes_per_s: Bytes read and written per second by large elementwise operators and matrix-vector products.
-        launch_s: Seconds of an operator on a few elements.
+        launch_s: Seconds an operator on a few elements costs the device.
+        eager_dispatch_s: Seconds it costs the host; None where host and device are the same.
+        units: Processors that share a matmul (`profile.Compute`).
         memory_bytes: Memory of one rank.
         device: What a rank computes on, for people.
         implementation: The library of the collectives, with its version.
@@ -56,6 +59,8 @@ class Measurements:
     matmuls: Mapping[str, Sequence[MatmulRow]]
     stream_bytes_per_s: Sequence[float]
     launch_s: float
+    eager_dispatch_s: float | None
+    units: int
     memory_bytes: int
     device: str
     implementation: str
@@ -67,20 +72,23 @@ class FitError:
     """How well the curve of one kind and group size predicts, relative to what was measured.
 
     Attributes:
-        kind: The collective.
-        size: Ranks in the group.
-        rows: Measured sizes.
-        fit_median: Of the curve against the rows it was fitted to.
-        left_out_median: Of predicting each interior size from the others.
+        what: The collective, or the dtype of matmuls.
+        size: Ranks in the group; of matmuls 1.
+        rows: Measured sizes or shapes.
+        fit_median: Against the rows it was made from.
+        fit_max: As above, the worst row.
+        left_out_median: Of predicting each interior size from the others; None for matmuls, whose rate and start are
+            the profile's only parameters.
         left_out_max: As above, the worst size.
     """
 
-    kind: CollectiveKind
+    what: str
     size: int
     rows: int
     fit_median: float
-    left_out_median: float
-    left_out_max: float
+    fit_max: float
+    left_out_median: float | None
+    left_out_max: float | None
 
 
 def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
@@ -111,6 +119,7 @@ def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
         "compute": {
             "peak_flops_per_s": {dtype: rounded(max(found)) for dtype, found in rates.items()},
             "efficiency": {dtype: rounded(median(large[dtype]) / max(found)) for dtype, found in rates.items()},
+            "units": measured.units,
             "source": f"Peak: the fastest product timed; efficiency: the median of those with m, n, k >= {LARGE}.",
         },
         "memory": {
@@ -119,6 +128,7 @@ def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
             "source": "Large additions, copies and matrix-vector products: the fastest, and their median.",
         },
         "launch_overhead_s": rounded(measured.launch_s),
+        "eager_dispatch_s": None if measured.eager_dispatch_s is None else rounded(measured.eager_dispatch_s),
         "launch_source": "Median of operators on a few elements.",
         "collectives": {
             kind: {
@@ -134,19 +144,25 @@ def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
     return text, parse_hardware(text, where=name)
 
 
-def fit_errors(measured: Measurements) -> list[FitError]:
-    """Of every kind and group size, by leaving out each interior message size in turn."""
+def fit_errors(measured: Measurements, profile: Hardware) -> list[FitError]:
+    """Of every curve, by leaving out each interior message size in turn; of matmuls, against all shapes timed."""
     found = []
     for kind, by_size in measured.collectives.items():
         for size, rows in sorted(by_size.items()):
-            ordered = sorted(rows)
-            left_out = []
-            for n in range(1, len(ordered) - 1):
-                line = fit_segments([*ordered[:n], *ordered[n + 1 :]]).line()
-                left_out += relative_errors([ordered[n]], line)
-            fit = median(relative_errors(ordered, fit_segments(ordered).line()))
-            found.append(FitError(kind, size, len(rows), fit, median(left_out), max(left_out)))
+            curve = curve_through(rows)
+            errors = (curve.median_rel_error, curve.max_rel_error)
+            left_out = (curve.left_out_median_rel_error, curve.left_out_max_rel_error)
+            found.append(FitError(kind, size, len(rows), *errors, *left_out))
+    for dtype, products in measured.matmuls.items():
+        off = [abs(_predicted_s(row, dtype, profile) / row.seconds - 1) for row in products]
+        found.append(FitError(f"{dtype} matmul", 1, len(products), median(off), max(off), None, None))
     return found
+
+
+def _predicted_s(row: MatmulRow, dtype: str, profile: Hardware) -> float:
+    itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
+    nbytes = matmul_bytes(row.m, row.n, row.k, itemsize)
+    return matmul_s(matmul_flops(row.m, row.n, row.k), nbytes, row.m * row.n, dtype, profile)
 
 
 def as_table(measured: Measurements) -> dict[str, Any]:
@@ -161,4 +177,5 @@ def as_table(measured: Measurements) -> dict[str, Any]:
         },
         "stream_bytes_per_s": list(measured.stream_bytes_per_s),
         "launch_s": measured.launch_s,
+        "eager_dispatch_s": measured.eager_dispatch_s,
     }

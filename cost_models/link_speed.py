@@ -37,7 +37,7 @@ def _scaled(part: Any, factor: float, under: str = "") -> Any:
             return [_scaled(value, factor, under) for value in part]
         case float() | int() if under == "s_per_byte":
             return float(part / factor)
-        case float() | int() if under == "bytes_per_s_per_rank":
+        case float() | int() if under in ("bytes_per_s_per_rank", "pair_bytes_per_s"):
             return float(part * factor)
         case _:
             return part

@@ -22,15 +22,16 @@ from torch import Tensor
 
 from colrow.cost_models.calibration import MatmulRow
 from colrow.cost_models.communication import COLLECTIVE_KINDS, CollectiveKind
-from colrow.cost_models.segment_fit import Row
+from colrow.cost_models.measured_curve import Row
 
 SMALLEST_BYTES, LARGEST_BYTES = 256, 64 * 2**20
 ROUNDS = 2
 LEAST_CALLS, MOST_CALLS = 3, 60
 COLLECTIVES_S, MATMULS_S = 50.0, 20.0  # all of it, in under two minutes with starting and fitting
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MATMUL_ROWS = (1, 16, 128, 512, 1024)
-MATMUL_WIDTHS = (256, 1024, 2048)
+MATMUL_ROWS = (1, 16, 128, 512, 2048, 8192)
+MATMUL_WIDTHS = (256, 1024, 2048, 8192)
+LARGEST_WEIGHT_BYTES = 2**28
 STREAM_BYTES = 64 * 2**20  # of one operand; no cache holds three of them
 _functional = torch.ops._c10d_functional
 
@@ -43,6 +44,8 @@ class RankMeasurements:
     matmuls: dict[str, list[MatmulRow]]
     stream_bytes_per_s: list[float]
     launch_s: float
+    eager_dispatch_s: float | None
+    units: int
     memory_bytes: int
     device: str
     implementation: str
@@ -123,10 +126,19 @@ def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
     _say("  matmuls, memory, launches")
     matmuls = _matmuls(clock, world)
     streams = _streams(clock, world)
-    launch_s = _launch(clock, world)
+    launch_s, eager_dispatch_s = _launch(clock, world)
+    units = torch.cuda.get_device_properties(clock.device).multi_processor_count if uses_cuda else 1
     memory = torch.cuda.get_device_properties(clock.device).total_memory if uses_cuda else _host_bytes() // ranks
     found = RankMeasurements(
-        collectives, matmuls, streams, launch_s, memory, _device_text(clock.device), _implementation(uses_cuda)
+        collectives,
+        matmuls,
+        streams,
+        launch_s,
+        eager_dispatch_s,
+        units,
+        memory,
+        _device_text(clock.device),
+        _implementation(uses_cuda),
     )
     everyone = [found]
     dist.broadcast_object_list(everyone, src=0)  # rank 0 was in every group
@@ -193,6 +205,8 @@ def _matmuls(clock: Clock, group: dist.ProcessGroup) -> dict[str, list[MatmulRow
     for dtype in DTYPES:
         found = rows[str(dtype).removeprefix("torch.")] = []
         for width in MATMUL_WIDTHS:
+            if width * width * dtype.itemsize > LARGEST_WEIGHT_BYTES:
+                continue
             weight = torch.ones(width, width, dtype=dtype, device=clock.device)
             for m in MATMUL_ROWS:
                 x = torch.ones(m, width, dtype=dtype, device=clock.device)
@@ -221,8 +235,8 @@ def _streams(clock: Clock, group: dist.ProcessGroup) -> list[float]:
     return [nbytes / clock.repeated(call, clock.once(call, group), 0.5, group) for nbytes, call in calls]
 
 
-def _launch(clock: Clock, group: dist.ProcessGroup) -> float:
-    """Median seconds of operators on four elements."""
+def _launch(clock: Clock, group: dist.ProcessGroup) -> tuple[float, float | None]:
+    """Median seconds of operators on four elements: on the device, and (where that is another) on the host."""
     x, weight = torch.ones(4, device=clock.device), torch.ones(4, 4, device=clock.device)
     calls: list[Callable[[], object]] = [
         lambda: x + x,
@@ -239,7 +253,20 @@ def _launch(clock: Clock, group: dist.ProcessGroup) -> float:
 
         return hundred
 
-    return median(clock.repeated(many(call), 1e-3, 0.05, group) / 100 for call in calls)
+    def of_one(hundred: Callable[[], None]) -> float:
+        return clock.repeated(hundred, 1e-3, 0.05, group) / 100
+
+    eager_s = median(of_one(many(call)) for call in calls)
+    if clock.device.type != "cuda":
+        return eager_s, None
+    replays = []
+    for call in calls:
+        many(call)()  # what is made on first use cannot be captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            many(call)()
+        replays.append(of_one(graph.replay))
+    return median(replays), eager_s
 
 
 def _host_bytes() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.table import Table
 from rich.text import Text
 
 from colrow.cost_models.calibration import FitError, Measurements, as_table, calibrated, fit_errors
@@ -40,7 +41,7 @@ def calibrate_command(ranks: int | None, out: str, as_json: bool) -> None:
     measured = Measurements(ranks=size, date=date.today().isoformat(), **vars(found))
     print("fitting", file=sys.stderr)
     text, profile = calibrated(Path(out).stem, measured)
-    errors = fit_errors(measured)
+    errors = fit_errors(measured, profile)
     with written_whole(out) as path:
         path.write_text(text, encoding="utf-8")
     if as_json:
@@ -87,18 +88,17 @@ def _join() -> RankMeasurements:
     return found
 
 
-def _error_table(measured: Measurements, errors: list[FitError]) -> Any:
-    table = empty_table(
-        "collective", "ranks", "smallest", "largest", "sizes", "error of the fit", "one size left out", "worst",
-        numeric=range(1, 8),
-    )  # fmt: skip
+def _error_table(measured: Measurements, errors: list[FitError]) -> Table:
+    heads = ("measured", "ranks", "smallest", "largest", "rows", "error", "worst", "one left out", "worst")
+    table = empty_table(*heads, numeric=range(1, len(heads)))
     for error in errors:
-        (smallest, least_s), *_, (largest, most_s) = measured.collectives[error.kind][error.size]
-        ends = [f"{nbytes(smallest)} {seconds(least_s)}", f"{nbytes(largest)} {seconds(most_s)}"]
-        table.add_row(
-            error.kind, str(error.size), *ends,
-            str(error.rows), f"{error.fit_median:.1%}", f"{error.left_out_median:.1%}", f"{error.left_out_max:.0%}",
-        )  # fmt: skip
+        rows = measured.collectives.get(error.what, {}).get(error.size, [])  # type: ignore[call-overload]
+        ends = [f"{nbytes(at)} {seconds(s)}" for at, s in (*rows[:1], *rows[-1:])] or ["", ""]
+        left_out = ["", ""]
+        if error.left_out_median is not None and error.left_out_max is not None:
+            left_out = [f"{error.left_out_median:.1%}", f"{error.left_out_max:.0%}"]
+        own = [f"{error.fit_median:.1%}", f"{error.fit_max:.0%}"]
+        table.add_row(error.what, str(error.size), *ends, str(error.rows), *own, *left_out)
     return table
 
 

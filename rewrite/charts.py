@@ -18,7 +18,7 @@ class Curve:
         label: What it is, for the legend.
         mark: One character that stands for it in text.
         points: (x, y), x ascending, both positive.
-        known: By point: drawn with the mark, or a full line; else as a guess, with dots.
+        known: By point: drawn with the mark, or a full line; else with dots. A curve without any is all marks.
     """
 
     label: str
@@ -38,6 +38,7 @@ class Chart:
         curves: Of which later ones are drawn over earlier ones.
         x_text: An x as people read it.
         y_text: A y as people read it.
+        dotted: What it means that a point is not known.
         level: A y that gets a line of its own; None: none.
     """
 
@@ -47,6 +48,7 @@ class Chart:
     curves: Sequence[Curve]
     x_text: Callable[[float], str]
     y_text: Callable[[float], str]
+    dotted: str
     level: float | None = None
 
 
@@ -63,22 +65,24 @@ def text_of(chart: Chart, width: int = WIDTH, height: int = HEIGHT) -> str:
     if chart.level is not None and bottom <= math.log(chart.level) <= top:
         grid[row_of(math.log(chart.level))] = ["-"] * width
     found = [
-        (known, row_of(y), column, curve.mark)
+        (known, row_of(y), column, curve.mark if known or not any(curve.known) else GUESSED)
         for curve in chart.curves
         for column in range(width)
         for y, known in _at(curve, left + (right - left) * column / (width - 1))
     ]
-    for known, row, column, mark in sorted(found, key=lambda cell: cell[0]):  # what is known over what is not
-        grid[row][column] = mark if known else GUESSED
+    for _, row, column, mark in sorted(found, key=lambda cell: cell[0]):  # what is known over what is not
+        grid[row][column] = mark
     ticks = {row: chart.y_text(math.exp(top - (top - bottom) * row / (height - 1))) for row in range(0, height, 4)}
     margin = max(len(text) for text in ticks.values())
     lines = [chart.title, f"{'':{margin}} {chart.y_label}"]
     lines += [f"{ticks.get(row, ''):>{margin}} |{''.join(cells).rstrip()}" for row, cells in enumerate(grid)]
     lines.append(f"{'':{margin}} +{'-' * width}")
     lines.append(f"{'':{margin}}  {_x_axis(chart, left, right, width)}".rstrip())
-    legend = ", ".join(f"{curve.mark} {curve.label}" for curve in chart.curves)
-    if any(not all(curve.known) for curve in chart.curves):
-        legend += f", {GUESSED} outside what was measured"
+    legend = ", ".join(
+        f"{curve.mark} {curve.label}{'' if any(curve.known) else f' ({chart.dotted})'}" for curve in chart.curves
+    )
+    if any(any(curve.known) and not all(curve.known) for curve in chart.curves):
+        legend += f", {GUESSED} {chart.dotted}"
     return "\n".join([*lines, f"{'':{margin}}  {chart.x_label};  {legend}"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from colrow.cost_models.communication import COLLECTIVE_KINDS, CollectiveKind
 from colrow.cost_models.hardware import Hardware, hardware_names, load_hardware
+from colrow.cost_models.profile import GroupCurve
 
 from .answers import json_text
 from .chart_images import check_drawable, draw
@@ -21,6 +23,11 @@ LIST_SCHEMA = "colrow.hardware_list/1"
 SHOW_SCHEMA = "colrow.hardware_show/1"
 STEPS_PER_OCTAVE = 2
 BEYOND = 4  # curves are shown so many times beyond what was measured
+UNMEASURED_RANGE = (2**8, 2**30)  # bytes, where nothing was
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+Key = tuple[str, int, int | None]
+"""Implementation, ranks, nodes (None: as few as hold them)."""
 
 
 def hardware_command(as_json: bool) -> None:
@@ -29,15 +36,26 @@ def hardware_command(as_json: bool) -> None:
     if as_json:
         print(json_text({"schema": LIST_SCHEMA, "profiles": [profile_json(p) for p in profiles]}))
         return
-    table = empty_table("name", "kind", "ranks per node", "curves", "error of the fit", "date", numeric=(2,))
+    table = empty_table("name", "ranks", "curves", "error, one size left out", "date", "source", numeric=(1,))
     for profile in profiles:
         row = profile_json(profile)
-        error = row["median_rel_error"]
-        shown = "-" if error is None else f"median {error:.1%}, worst {row['max_rel_error']:.0%}"
-        table.add_row(profile.name, profile.description, str(profile.ranks_per_node), row["basis"], shown, profile.date)
+        error = row["left_out_median_rel_error"]
+        shown = "not known" if error is None else f"median {error:.1%}, worst {row['left_out_max_rel_error']:.0%}"
+        curves = f"{row['measured_curves']} of {row['measured_curves'] + row['structural_curves']} measured"
+        basis = "structural" if row["basis"] == "structural" else curves
+        table.add_row(profile.name, str(profile.ranks_per_node), basis, shown, profile.date, short_source(profile))
     out = console(sys.stdout)
     out.print(table)
-    out.print(Text("\ncolrow hardware show NAME has sources and curves; --hardware also takes a file of your own."))
+    out.print(Text("\nranks: of one node. structural: from the links by formula, nothing measured."))
+    out.print(Text("colrow hardware show NAME has sources and curves; --hardware also takes a file of your own."))
+
+
+def short_source(profile: Hardware) -> str:
+    """Who measured: a repository, or the first words."""
+    first = profile.source.split()[0]
+    if first.startswith("https://"):
+        return "/".join(first.split("/")[3:5])
+    return profile.source.partition(":")[0]
 
 
 def show_hardware_command(name: str, out: str | None, as_json: bool) -> None:
@@ -63,61 +81,71 @@ def profile_json(profile: Hardware) -> dict[str, Any]:
     """What a profile is and how well it is known."""
     groups = [group for kind in COLLECTIVE_KINDS for group in getattr(profile.collectives, kind).groups]
     measured = [group for group in groups if group.basis == "measured"]
-    medians = [group.median_rel_error for group in measured if group.median_rel_error is not None]
-    worst = [group.max_rel_error for group in measured if group.max_rel_error is not None]
+    fit = [group.median_rel_error for group in measured if group.median_rel_error is not None]
+    left_out = [g.left_out_median_rel_error for g in measured if g.left_out_median_rel_error is not None]
+    worst = [g.left_out_max_rel_error for g in measured if g.left_out_max_rel_error is not None]
     return {
         "name": profile.name,
         "description": profile.description,
-        "basis": "measured" if len(measured) == len(groups) else "structural" if not measured else
-        f"{len(measured)} of {len(groups)} measured",
+        "basis": profile.basis,
         "measured_curves": len(measured),
         "structural_curves": len(groups) - len(measured),
-        "median_rel_error": sorted(medians)[len(medians) // 2] if medians else None,
-        "max_rel_error": max(worst, default=None),
+        "median_rel_error": median(fit) if fit else None,
+        "left_out_median_rel_error": median(left_out) if left_out else None,
+        "left_out_max_rel_error": max(worst, default=None),
         "ranks_per_node": profile.ranks_per_node,
         "across_nodes": profile.inter_node is not None,
         "memory_gb": profile.memory_gb,
         "source": profile.source,
         "licence": profile.licence,
         "date": profile.date,
-    }  # fmt: skip
+    }
+
+
+def curve_keys(profile: Hardware, kind: CollectiveKind) -> list[Key]:
+    """The curves of a kind, and two nodes by formula where the profile has a network between them and no curve."""
+    collective = getattr(profile.collectives, kind)
+    keys: list[Key] = [("library", group.size, group.nodes) for group in collective.groups]
+    if profile.inter_node is not None and all(size <= profile.ranks_per_node for _, size, _ in keys):
+        keys.append(("library", 2 * profile.ranks_per_node, None))
+    return keys + [(other.name, group.size, group.nodes) for other in collective.alternatives for group in other.groups]
 
 
 def curves_json(profile: Hardware) -> list[dict[str, Any]]:
     """Every curve as points."""
     return [
-        {"kind": kind, "size": size, "points": [
-            {"bytes": at, "seconds": profile.collective_s(kind, at, size),
-             "within_measured_range": profile.predicts_within(kind, at, size)}
-            for at in _sizes_in_bytes(profile, kind)
+        {"kind": kind, "size": size, "nodes": nodes, "implementation": implementation, "points": [
+            {"bytes": at, "seconds": seconds, "finding": finding}
+            for at, seconds, finding in _points(profile, kind, (implementation, size, nodes))
         ]}
-        for kind in COLLECTIVE_KINDS for size in group_sizes(profile, kind)
+        for kind in COLLECTIVE_KINDS for implementation, size, nodes in curve_keys(profile, kind)
     ]  # fmt: skip
 
 
-def group_sizes(profile: Hardware, kind: CollectiveKind) -> list[int]:
-    """The group sizes with a curve of their own, and two nodes where the profile has a network between them."""
-    sizes = [group.size for group in getattr(profile.collectives, kind).groups if group.size <= profile.ranks_per_node]
-    return sizes + ([2 * profile.ranks_per_node] if profile.inter_node is not None else [])
-
-
 def chart_of(profile: Hardware, kind: CollectiveKind) -> Chart:
-    """Time against size of one kind, a curve per group size."""
+    """Time against size of one kind, a curve per group and implementation."""
     curves: list[Curve] = []
-    for size in group_sizes(profile, kind):
-        sizes = _sizes_in_bytes(profile, kind)
-        points = [(float(at), profile.collective_s(kind, at, size)) for at in sizes]
-        label = f"{size} ranks" if size <= profile.ranks_per_node else f"{size} ranks, two nodes"
-        mark = str(size)[-1] if size < 10 else "abcdefghijklmnopqrstuvwxyz"[len(curves)]
-        curves.append(Curve(label, mark, points, [profile.predicts_within(kind, at, size) for at in sizes]))
-    return Chart(f"{kind} on {profile.name}", "bytes of the whole tensor", "time", curves, nbytes, seconds)
+    for key in curve_keys(profile, kind):
+        implementation, size, nodes = key
+        library = implementation == "library"
+        label = f"{size} ranks" + f", {nodes} nodes" * bool(nodes) + f", {implementation}" * (not library)
+        mark = str(size) if library and size < 10 and not nodes else LETTERS[len(curves) % len(LETTERS)]
+        points = _points(profile, kind, key)
+        curves.append(Curve(label, mark, [(at, s) for at, s, _ in points], [not finding for _, _, finding in points]))
+    return Chart(
+        f"{kind} on {profile.name}", "bytes of the whole tensor", "time", curves, nbytes, seconds, "not measured"
+    )
 
 
-def _sizes_in_bytes(profile: Hardware, kind: CollectiveKind) -> list[int]:
-    groups = getattr(profile.collectives, kind).groups
-    smallest = max(1, min(group.min_bytes for group in groups) // BEYOND)
-    octaves = math.log2(BEYOND * max(group.max_bytes for group in groups) / smallest)
-    return [round(smallest * 2 ** (n / STEPS_PER_OCTAVE)) for n in range(math.ceil(octaves * STEPS_PER_OCTAVE) + 1)]
+def _points(profile: Hardware, kind: CollectiveKind, key: Key) -> list[tuple[int, float, str]]:
+    """(bytes, seconds, what it is if not a value between measured ones)."""
+    implementation, size, nodes = key
+    groups = [group for group in getattr(profile.collectives, kind).groups if group.max_bytes]
+    smallest = max(1, min((g.min_bytes for g in groups), default=UNMEASURED_RANGE[0]) // BEYOND)
+    octaves = math.log2(BEYOND * max((g.max_bytes for g in groups), default=UNMEASURED_RANGE[1]) / smallest)
+    sizes = [round(smallest * 2 ** (n / STEPS_PER_OCTAVE)) for n in range(math.ceil(octaves * STEPS_PER_OCTAVE) + 1)]
+    found = [(at, profile.predict(kind, at, size, implementation, nodes)) for at in dict.fromkeys(sizes)]
+    return [(at, prediction.seconds, prediction.finding) for at, prediction in found]
 
 
 def _facts(profile: Hardware) -> Table:
@@ -137,11 +165,26 @@ def _facts(profile: Hardware) -> Table:
         between = profile.inter_node
         speed = f"{between.bytes_per_s_per_rank / 1e9:.4g} GB/s per rank, {seconds(between.latency_s)} a hop"
         facts.add_row("nodes", f"{speed}. {between.source}")
+    if profile.link is not None:
+        link = profile.link
+        speed = f"{link.topology}, {link.bytes_per_s_per_rank / 1e9:.4g} GB/s per rank"
+        facts.add_row("link", f"{speed}. {link.source}")
     for kind in COLLECTIVE_KINDS:
         collective = getattr(profile.collectives, kind)
         for group in collective.groups:
-            measured = f"{group.size} ranks: {group.basis}, {nbytes(group.min_bytes)} to {nbytes(group.max_bytes)}"
-            error = "" if group.median_rel_error is None else f", median error of the fit {group.median_rel_error:.1%}"
-            worst = "" if group.max_rel_error is None else f", worst {group.max_rel_error:.0%}"
-            facts.add_row(kind, f"{measured}{error}{worst} ({collective.implementation})")
+            facts.add_row(kind, f"{_group_text(group)} ({collective.implementation})")
+        for other in collective.alternatives:
+            for group in other.groups:
+                facts.add_row(kind, f"{_group_text(group)} ({other.name}: {other.software}; {other.source})")
     return facts
+
+
+def _group_text(group: GroupCurve) -> str:
+    nodes = f" on {group.nodes} nodes" if group.nodes else ""
+    if group.basis == "structural":
+        return f"{group.size} ranks{nodes}: structural"
+    text = f"{group.size} ranks{nodes}: measured, {nbytes(group.min_bytes)} to {nbytes(group.max_bytes)}"
+    if group.left_out_median_rel_error is None or group.left_out_max_rel_error is None:
+        return text
+    worst = f"worst {group.left_out_max_rel_error:.0%}"
+    return f"{text}, error with one size left out: median {group.left_out_median_rel_error:.1%}, {worst}"

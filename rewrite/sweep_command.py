@@ -198,14 +198,15 @@ def charts_of(points: Sequence[Point], phase: str) -> list[Chart]:
         planned = [p for p in points if p.setting.hardware == name and p.plan is not None]
         if len({p.setting.tp for p in planned}) > 1:
             curves = _curves(planned, "tp", "step_s")
-            charts.append(Chart(f"Step time on {name}", "tp", "time", curves, _number, seconds))
+            charts.append(Chart(f"Step time on {name}", "tp", "time", curves, _number, seconds, "does not fit"))
         for axis in VARIED:
             talking = [p for p in _first_of(planned, [other for other in VARIED if other != axis]) if p.ratio > 0]
             if len({getattr(p.setting, axis) for p in talking}) > 1:
                 at = [f"{WORDS[o]} {getattr(talking[0].setting, o):g}" for o in VARIED if o not in (axis, "link_speed")]
                 label = "tokens in the cache" if axis == "seq" and phase == "decode" else WORDS[axis]
+                curves = _curves(talking, axis, "ratio")
                 title = f"R = T_comm / T_comp on {name}, {', '.join(at)}"
-                charts.append(Chart(title, label, "R", _curves(talking, axis, "ratio"), _number, _number, 1.0))
+                charts.append(Chart(title, label, "R", curves, _number, _number, "does not fit", 1.0))
     return charts
 
 

@@ -134,7 +134,7 @@ def _cause(first: Point, best: Point, hardware: Hardware) -> str:
 
 def link_text(hardware: Hardware) -> str:
     """What joins the ranks, as far as the profile says."""
-    named = {"nvswitch": "NVSwitch", "nvlink": "pairwise NVLink", "pcie": "PCIe", "host": "one host's memory"}
+    named = {"nvswitch": "NVSwitch", "nvlink_pairs": "NVLink in pairs", "pcie": "PCIe", "host": "one host's memory"}
     if hardware.link is None:
         return hardware.description
     return f"{named[hardware.link.topology]}, {hardware.link.bytes_per_s_per_rank / 1e9:.3g} GB/s a rank"

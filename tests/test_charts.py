@@ -10,7 +10,7 @@ from colrow.rewrite.charts import Chart, Curve, text_of
 
 
 def chart(*curves: Curve, level: float | None = None) -> Chart:
-    return Chart("T", "bytes", "time", curves, lambda x: f"{x:.0f}B", lambda y: f"{y:.0f}s", level)
+    return Chart("T", "bytes", "time", curves, lambda x: f"{x:.0f}B", lambda y: f"{y:.0f}s", "guessed", level)
 
 
 RISING = Curve("rising", "2", [(1, 1), (10, 10), (100, 100)], [True, True, False])
@@ -28,7 +28,7 @@ def test_curves_are_straight_in_logarithms_and_dotted_where_guessed():
         "  1s |22",
         "     +------------",
         "      1B   10B100B",
-        "      bytes;  2 rising, 8 flat, . outside what was measured",
+        "      bytes;  2 rising, 8 flat, . guessed",
     ]
 
 
@@ -40,9 +40,15 @@ def test_every_point_of_a_curve_is_in_its_cell():
 
 
 def test_known_marks_are_over_guesses_whatever_the_order():
-    guess = Curve("guess", "4", FLAT.points, [False, False])
+    guess = Curve("guess", "4", [*FLAT.points, (1000, 10)], [False, False, True])
     for curves in ((FLAT, guess), (guess, FLAT)):
-        assert "888888888" in text_of(chart(*curves), width=9, height=3)
+        assert "|888888..." in text_of(chart(*curves), width=9, height=3)
+
+
+def test_a_curve_that_is_all_guesses_keeps_its_mark_and_says_so():
+    drawn = text_of(chart(Curve("formula", "4", FLAT.points, [False, False])), width=9, height=3)
+    assert "444444444" in drawn
+    assert "4 formula (guessed)" in drawn
 
 
 def test_the_level_is_a_line_of_its_own():

@@ -33,7 +33,8 @@ def test_a_profile_says_what_is_measured_and_what_is_structural():
         groups = [g for kind in COLLECTIVE_KINDS for g in getattr(load_hardware(name).collectives, kind).groups]
         assert profile["measured_curves"] == sum(group.basis == "measured" for group in groups)
         assert profile["measured_curves"] + profile["structural_curves"] == len(groups)
-        assert (profile["median_rel_error"] is None) == (profile["measured_curves"] == 0)
+        assert (profile["left_out_median_rel_error"] is None) == (profile["basis"] == "structural")
+        assert (profile["basis"] == "structural") == (profile["measured_curves"] == 0)
 
 
 def test_show_has_a_chart_a_source_and_an_error_for_every_kind():
@@ -50,13 +51,22 @@ def test_show_in_json_has_the_curves_and_marks_what_is_beyond_the_measurements()
     found = json.loads(colrow("show", "h100-sxm", "--json").stdout)
     assert found["schema"] == "colrow.hardware_show/1"
     profile = load_hardware("h100-sxm")
-    curves = {(curve["kind"], curve["size"]): curve["points"] for curve in found["curves"]}
-    assert {kind for kind, _ in curves} == set(COLLECTIVE_KINDS)
-    assert ("all_reduce", 16) in curves  # two nodes
-    for point in curves["all_reduce", 8]:
+    curves = {(c["kind"], c["size"], c["implementation"]): c["points"] for c in found["curves"]}
+    assert {kind for kind, _, _ in curves} == set(COLLECTIVE_KINDS)
+    for point in curves["all_reduce", 8, "library"]:
         assert point["seconds"] == profile.collective_s("all_reduce", point["bytes"], 8)
-    assert {point["within_measured_range"] for point in curves["all_reduce", 8]} == {True, False}
-    assert not any(point["within_measured_range"] for point in curves["all_reduce", 16])
+        assert (point["finding"] == "") == profile.predicts_within("all_reduce", point["bytes"], 8)
+    assert {point["finding"] == "" for point in curves["all_reduce", 8, "library"]} == {True, False}
+    assert all("2 nodes by formula" in point["finding"] for point in curves["all_reduce", 16, "library"])
+    for other in profile.collectives.all_reduce.alternatives:
+        first = curves["all_reduce", other.groups[0].size, other.name][9]
+        assert first["seconds"] == profile.collective_s("all_reduce", first["bytes"], other.groups[0].size, other.name)
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_every_profile_is_shown(name):
+    printed = colrow("show", name).stdout
+    assert all(f"{kind} on {name}" in printed for kind in COLLECTIVE_KINDS)
 
 
 def test_show_takes_a_file_and_draws(cwd):
