@@ -270,7 +270,7 @@ class _Builder:
         copied = self.tables.get((node.template, ids)) if self._is_alike(node) else None
         if copied is None:
             setting = self.settings.of(node, operands)
-            slices = [[] for _ in operands]
+            slices: list[list[Shard]] = [[] for _ in operands]
             if any(setting.convertible):
                 slices = slice_options(self.graph, node, domains, self.settings.sequences)
             if setting.fixed is not None:

@@ -146,7 +146,9 @@ def _planned(fqn: str, entry: ParameterEntry, ranks: int) -> PlannedParameter:
         length = entry.shape[entry.dim] if entry.dim < len(entry.shape) else None
         if layout.size != length:
             raise WrongField(f"{where}.split", f"covers {layout.size} of a dim of {length}")
-    return PlannedParameter(ParameterEdit(fqn, entry.dim, layout), entry.placement, tuple(entry.shape), entry.dtype, entry.weight)
+    return PlannedParameter(
+        ParameterEdit(fqn, entry.dim, layout), entry.placement, tuple(entry.shape), entry.dtype, entry.weight
+    )
 
 
 def _layout(field: str, split: Split | None, ranks: int, elastic: bool = False) -> Layout | None:

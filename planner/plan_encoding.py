@@ -48,7 +48,9 @@ def _schedule(schedule: Schedule, parameters: list[str], sources: Sources, ranks
     calls: dict[str, list[dict[str, Any]]] = {}
     for site in sorted(edits.calls, key=lambda site: _place(site, sources)):
         calls.setdefault(site.module or ".", []).append(_call(site, edits.calls[site], sources, ranks))
-    flags = {name: _unless_empty(partial_grad=name in edits.partial, lifted=name in edits.lifted) for name in parameters}
+    flags = {
+        name: _unless_empty(partial_grad=name in edits.partial, lifted=name in edits.lifted) for name in parameters
+    }
     return {
         "workload": workload.name,
         "inputs": {path: {"dtype": dtype, "shape": list(shape)} for path, dtype, shape in workload.inputs},

@@ -104,7 +104,7 @@ class Settings:
         )
 
     def _avoids_all_reduce(self, node: Node, sequence: Shard | None) -> bool:
-        """Whether a reduce_scatter is asked for instead: of what is as large as a sequence, inside blocks, or is one."""
+        """Whether a reduce_scatter is asked for instead: of a sequence, and in blocks of all that is as large."""
         if self.least_avoided is None:
             return False
         return sequence is not None or (bool(self.block_of(node.module)) and numel(node.shape) >= self.least_avoided)

@@ -149,7 +149,11 @@ def choices(
         if setting.fixed is not None and tuple(c.move for c in combination) != setting.fixed[0]:
             continue
         base = apply_rule(graph, node, placed)
-        if base is None or not keeps_tokens(node, placed, base) or isinstance(local_form(node, call, placed, base), str):
+        if (
+            base is None
+            or not keeps_tokens(node, placed, base)
+            or isinstance(local_form(node, call, placed, base), str)
+        ):
             continue
         if _sums_padding(graph, node, placed, base):
             continue

@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from colrow.cost_models.errors import UsageError
+from colrow.planner.edits import ForwardEdits
 
 from .collectives import all_reduce
 from .gradients import delivered
 from .groups import TpGroup
-from .slices import gaps, local_part, padded_part, without_gaps
 from .schedules import Running
+from .slices import gaps, local_part, padded_part, without_gaps
 from .storage import ParameterSpec, owners
 
 Slot = tuple[nn.Module, str]

@@ -20,7 +20,7 @@ from colrow.planner.graph import Node
 from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
 from colrow.planner.roles import BlockOf, crossing, hidden_bytes
-from colrow.planner.strategies import Stored, choices, beside_time, cuts, is_leaf, price_move, reads
+from colrow.planner.strategies import Stored, beside_time, choices, cuts, is_leaf, price_move, reads
 
 
 class PlanIlp:
