@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from colrow.planner.plan_model import Plan
 from colrow.planner.planning import plan as make_plan
 from colrow.planner.sources import DTYPES, Source, load_source
 
+from .checkpoint import read_report
 from .comparison import Count
 from .counting import recorded_collectives
 from .generation import greedy
@@ -31,6 +34,32 @@ LONGEST_RUN_S = 24 * 3600.0  # a rank that fails or dies ends the run at once; t
 
 
 @dataclass(frozen=True)
+class RankUse:
+    """What the run took of one rank.
+
+    Attributes:
+        bytes_held: Of the parameters, on this rank.
+        bytes_total: Of all parameters.
+        bytes_read: Of the checkpoint, by this rank; None where weights came from nowhere.
+        bytes_stored: Of all that the model takes from the checkpoint.
+        peak_bytes: The most memory the process had, PyTorch itself included (resident set; 1 KiB resolution).
+    """
+
+    bytes_held: int
+    bytes_total: int
+    bytes_read: int | None
+    bytes_stored: int | None
+    peak_bytes: int
+
+    def __str__(self) -> str:
+        read = (
+            "" if self.bytes_read is None else f"read {self.bytes_read:,} of {self.bytes_stored:,} bytes of the files, "
+        )
+        held = f"holds {self.bytes_held:,} of {self.bytes_total:,} bytes of weights"
+        return f"{read}{held}, peak memory {self.peak_bytes / 1e6:,.0f} MB"
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a run gave, as rank 0 saw it.
 
@@ -39,18 +68,16 @@ class RunResult:
         tokens: Those generated; empty for a model that does not generate.
         outputs: ``(path, dtype, shape, mean)`` of the outputs of one forward, for such a model.
         collectives: Executed, of the whole run.
-        bytes_held: Of the parameters, on this rank.
-        bytes_total: Of all parameters.
         seconds: Of generation, or of the forward.
+        uses: What it took of every rank.
     """
 
     prompt: list[int]
     tokens: list[int]
     outputs: tuple[tuple[str, str, tuple[int, ...], float], ...]
     collectives: tuple[Count, ...]
-    bytes_held: int
-    bytes_total: int
     seconds: float
+    uses: tuple[RankUse, ...]
 
 
 def run(
@@ -133,11 +160,12 @@ def run_on_rank(source: str, plan: Plan, prompt_ids: list[int] | None, tokens: i
     """One rank of ``run``, inside a process group; None but on rank 0."""
     loaded = load_for_running(source, plan, prompt_ids)
     model = load_model(loaded, plan)
-    held, total = bytes_held(model)
     inputs = _on_device(loaded.example_inputs, _device())
     started = time.perf_counter()
     with recorded_collectives() as recorder:
         generated, outputs = _generated(model, inputs, tokens)
+    seconds = time.perf_counter() - started
+    uses = all_uses(model)
     if dist.get_rank() != 0:
         return None
     ids = inputs.get("input_ids") if isinstance(inputs, dict) else None
@@ -146,9 +174,8 @@ def run_on_rank(source: str, plan: Plan, prompt_ids: list[int] | None, tokens: i
         tokens=generated,
         outputs=outputs,
         collectives=tuple((c.kind, c.nbytes, c.direction) for c in recorder.found),
-        bytes_held=held,
-        bytes_total=total,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
+        uses=uses,
     )
 
 
@@ -164,10 +191,34 @@ def load_model(loaded: Source, plan: Plan) -> nn.Module:
     return model
 
 
-def bytes_held(model: nn.Module) -> tuple[int, int]:
-    """Bytes of a rewritten model's parameters: on this rank, and in all."""
+def use_of(model: nn.Module) -> RankUse:
+    """What a rewritten model took of this rank until now."""
     parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
-    return sum(p.to_local().nbytes for p in parameters), sum(p.nbytes for p in parameters)
+    report = read_report(model)
+    return RankUse(
+        sum(p.to_local().nbytes for p in parameters),
+        sum(p.nbytes for p in parameters),
+        report.bytes_read if report else None,
+        report.bytes_total if report else None,
+        peak_bytes(),
+    )
+
+
+def all_uses(model: nn.Module) -> tuple[RankUse, ...]:
+    """That of every rank, by rank; a collective."""
+    uses: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(uses, use_of(model))
+    return tuple(uses)
+
+
+def peak_bytes() -> int:
+    """The most memory this process had so far; of a forked one, what it shares with its parent included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what a spawned process was before it became one
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _generated(model: nn.Module, inputs: Any, tokens: int) -> tuple[list[int], tuple[Any, ...]]:
@@ -225,12 +276,10 @@ def _join(size: int, arguments: tuple[Any, ...]) -> RunResult | None:
 
 
 def summary(result: RunResult, plan: Plan) -> str:
-    """What it took, on one line."""
+    """What it took: one line, and one for each rank."""
     did = f"{len(result.tokens)} tokens" if result.tokens else "one forward"
-    return (
-        f"{did} on {plan.tp} ranks in {result.seconds:.2f} s, {len(result.collectives)} collectives; "
-        f"rank 0 holds {result.bytes_held:,} of {result.bytes_total:,} bytes of weights"
-    )
+    made = f"{did} on {plan.tp} ranks in {result.seconds:.2f} s, {len(result.collectives)} collectives"
+    return "\n".join([made, *(f"rank {rank} {use}" for rank, use in enumerate(result.uses))])
 
 
 def described(result: RunResult) -> str:

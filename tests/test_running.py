@@ -35,11 +35,18 @@ def test_a_checkpoint_on_two_ranks(checkpoint, capfd):
     folder, dense = checkpoint
     result = run(folder, tp=2, prompt_ids=PROMPT, tokens=TOKENS)
     assert result.tokens == dense and result.prompt == PROMPT
-    assert result.bytes_held < 0.6 * result.bytes_total
+    assert len(result.uses) == 2
+    for use in result.uses:
+        assert use.bytes_held < 0.6 * use.bytes_total
+        assert 0 < use.bytes_read < 0.6 * use.bytes_stored
+        assert use.peak_bytes > use.bytes_held
     assert result.collectives and {direction for _, _, direction in result.collectives} == {"forward"}
     stdout, stderr = capfd.readouterr()
     assert stdout == " ".join(map(str, dense)) + "\n"
-    assert "6 tokens on 2 ranks" in stderr and "rank 0 holds" in stderr
+    assert "6 tokens on 2 ranks" in stderr
+    lines = stderr.splitlines()
+    for rank in (0, 1):
+        assert any(line.startswith(f"rank {rank} read ") and "peak memory" in line for line in lines), stderr
 
 
 def test_the_plan_says_how_many_ranks(checkpoint):
@@ -121,6 +128,7 @@ def test_a_model_that_does_not_generate_makes_one_forward(factories, capfd):
     model = load_source("run_factories:make").build()
     ((path, dtype, shape, mean),) = result.outputs
     assert (path, dtype, shape, result.tokens) == ("output", "float32", (2, 8), [])
+    assert [use.bytes_read for use in result.uses] == [None, None]
     assert mean == pytest.approx(float(model(torch.ones(2, 8)).mean().detach()), rel=1e-5)
     assert capfd.readouterr().out.startswith("output: float32 [2, 8], mean ")
     with pytest.raises(UsageError, match="does not read token ids"):
