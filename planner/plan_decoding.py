@@ -57,8 +57,11 @@ def plan_of(document: PlanDocument) -> Plan:
             raise WrongField("parameter_order", f"not an order of {len(parameters)} parameters")
         parameters = [parameters[n] for n in order]
     schedules = tuple(_schedule(f"schedules.{n}", s, sources, ranks) for n, s in enumerate(document.schedules))
-    if schedules[0].stands_in:
-        raise WrongField("schedules.0.stands_in", "the first schedule stands in for none")
+    _check_stand_ins(schedules)
+    known = {p.edit.fqn for p in parameters}
+    for n, schedule in enumerate(schedules):
+        for name in sorted((schedule.edits.partial | schedule.edits.lifted) - known):
+            raise WrongField(f"schedules.{n}.reads.{name}", "no such parameter")
     return Plan(
         name=document.name,
         tp=ranks,
@@ -75,6 +78,28 @@ def plan_of(document: PlanDocument) -> Plan:
         cost=PlannedCost(**document.cost.model_dump()),
         memory_bytes=document.memory_bytes,
     )
+
+
+def _check_stand_ins(schedules: Sequence[Schedule]) -> None:
+    """After each schedule that asks for lengths the one that stands in for it, and no others: the runtime takes the
+    next.
+
+    Raises:
+        WrongField: It is not so.
+    """
+    for n, schedule in enumerate(schedules):
+        before = schedules[n - 1] if n else None
+        follows = before is not None and bool(before.lengths) and not before.stands_in
+        if schedule.stands_in and not follows:
+            raise WrongField(f"schedules.{n}.stands_in", "it stands in for none: the one before asks for no lengths")
+        if follows and not schedule.stands_in:
+            raise WrongField(f"schedules.{n - 1}.lengths", "no schedule stands in where they are not so")
+        if before is not None and schedule.stands_in and schedule.workload != before.workload:
+            raise WrongField(f"schedules.{n}.workload", f"it stands in for {before.workload.name}, and is another")
+        if schedule.stands_in and schedule.lengths:
+            raise WrongField(f"schedules.{n}.lengths", "a schedule that stands in takes any lengths")
+    if schedules[-1].lengths:
+        raise WrongField(f"schedules.{len(schedules) - 1}.lengths", "no schedule stands in where they are not so")
 
 
 def _expanded(field: str, value: _Text, expand: Callable[[_Text], _Value]) -> _Value:

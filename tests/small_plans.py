@@ -7,17 +7,23 @@ from typing import Any
 
 from torch import nn
 
-from colrow.planner.edits import CallEdit, OperatorEdit, ParameterEdit
+from colrow.planner.edits import CallEdit, ForwardEdits, OperatorEdit, ParameterEdit
 from colrow.planner.layout import Layout, even, joined, owned_units
 from colrow.planner.lowering import Collective
 from colrow.planner.moves import Move
-from colrow.planner.plan_model import Plan, PlannedCost, PlannedParameter, Workload
+from colrow.planner.plan_model import Plan, PlannedCost, PlannedParameter, Schedule
 from colrow.planner.sites import Frame, Site
+from colrow.planner.workloads import Length, Workload
 
 TP, BLOCKS = 2, 3
 QKV = joined((even(8, TP), even(4, TP), even(4, TP)))
 HEADS = owned_units(6, 2, ((0, 1), (2,)))
 KV = owned_units(4, 4, ((0,), (0,)))
+SEQUENCE = Layout(even(16, TP).segments, elastic=True)
+COST = PlannedCost(14e-6, 4.1e-6, 9.9e-6, 14e-6, True, 8e-6, 7.5e-6)
+WORKLOAD = Workload(
+    "train", "train", (("ids", "int64", (2, 16)), ("x", "float32", (2, 5, 8))), (("scale", 0.5),), context=0, weight=2.0
+)
 FORWARD = nn.Linear.forward.__code__
 
 
@@ -31,8 +37,8 @@ def weight(
     return PlannedParameter(ParameterEdit(fqn, dim, layout), placement, shape, "float32", True)
 
 
-def vector(fqn: str, size: int, **edit: bool) -> PlannedParameter:
-    return PlannedParameter(ParameterEdit(fqn, **edit), "replicated", (size,), "float32", False)
+def vector(fqn: str, size: int) -> PlannedParameter:
+    return PlannedParameter(ParameterEdit(fqn), "replicated", (size,), "float32", False)
 
 
 def block_parameters(n: int) -> list[PlannedParameter]:
@@ -40,8 +46,8 @@ def block_parameters(n: int) -> list[PlannedParameter]:
     return [
         weight(f"{at}.attn.qkv.weight", "column", (16, 8), 0, QKV),
         weight(f"{at}.attn.o.weight", "row", (8, 8), 1, even(8, TP)),
-        vector(f"{at}.attn.o.bias", 8, lifted=True),
-        vector(f"{at}.norm.weight", 8, partial_grad=True),
+        vector(f"{at}.attn.o.bias", 8),
+        vector(f"{at}.norm.weight", 8),
     ]
 
 
@@ -50,9 +56,8 @@ def all_reduce(block: str, site: str, forced_by: str, **changes: Any) -> Collect
     return replace(made, **changes)
 
 
-def small_plan(**changes: Any) -> Plan:
-    """Three blocks on two ranks; ``changes`` replace fields."""
-    blocks = [f"layers.{n}" for n in range(BLOCKS)]
+def split_schedule(blocks: list[str]) -> Schedule:
+    """The sequence split after the embedding; all_reduces in the blocks."""
     following = [*(f"add in {block}.norm" for block in blocks[1:]), "layer_norm in norm"]
     forward = [all_reduce(b, f"{b}.attn.o", f) for b, f in zip(blocks, following, strict=True)]
     backward = [
@@ -62,6 +67,7 @@ def small_plan(**changes: Any) -> Plan:
         all_reduce(b, b, "partial gradients of replicated parameters", direction="backward", nbytes=32) for b in blocks
     ]
     gradients = [replace(c, category="parameter_gradient", bucket=c.block, ps=500_000) for c in gradients]
+    embedding = all_reduce("", "embed", "layer_norm in layers.0.norm", kind="reduce_scatter", category="embedding")
     head = all_reduce("", "lm_head", "the model's output", kind="all_gather", category="head", nbytes=4096)
     calls = {linear_site(f"{b}.attn.o"): CallEdit(result=Move("all_reduce", "identity")) for b in blocks}
     calls |= {
@@ -71,7 +77,42 @@ def small_plan(**changes: Any) -> Plan:
         )
         for b in blocks
     }
-    calls[Site("", ())] = CallEdit(operator=OperatorEdit("vocab_embedding", 0, even(32, TP)))
+    calls[Site("", ())] = CallEdit(
+        arguments=((0, Move("all_gather", "reduce_scatter", 1, SEQUENCE)),),
+        operator=OperatorEdit("vocab_embedding", 0, even(32, TP)),
+        result=Move("reduce_scatter", "all_gather", 1, SEQUENCE),
+    )
+    return Schedule(
+        workload=WORKLOAD,
+        edits=ForwardEdits(
+            calls,
+            partial=frozenset(f"{b}.norm.weight" for b in blocks),
+            lifted=frozenset(f"{b}.attn.o.bias" for b in blocks),
+            inputs=("x",),
+            outputs=("logits", "hidden.0"),
+        ),
+        collectives=(embedding, *forward, head, *backward, *gradients),
+        cost=COST,
+        lengths=(Length("ids", 1), Length("x", 2, 8)),
+    )
+
+
+def stand_in(split: Schedule) -> Schedule:
+    """The same with an all_reduce after the embedding."""
+    calls = {**split.edits.calls, Site("", ()): CallEdit(result=Move("all_reduce", "all_reduce"))}
+    partial = frozenset(name for name in split.edits.partial if "1" not in name)
+    return Schedule(
+        workload=split.workload,
+        edits=replace(split.edits, calls=calls, partial=partial, inputs=()),
+        collectives=(replace(split.collectives[0], kind="all_reduce"), *split.collectives[1:]),
+        cost=replace(split.cost, total_s=16e-6, comm_s=11.9e-6, lower_bound_s=16e-6),
+        stands_in=True,
+    )
+
+
+def small_plan(**changes: Any) -> Plan:
+    """Three blocks on two ranks, and two schedules; ``changes`` replace fields."""
+    split = split_schedule([f"layers.{n}" for n in range(BLOCKS)])
     parameters = [
         weight("embed.weight", "vocab", (32, 8), 0, even(32, TP)),
         *(parameter for n in range(BLOCKS) for parameter in block_parameters(n)),
@@ -84,18 +125,22 @@ def small_plan(**changes: Any) -> Plan:
         name="Small",
         tp=TP,
         hardware="h100-sxm",
-        workloads=(Workload("train", "train", (("ids", "int64", (2, 16)),), (("scale", 0.5),), 0),),
-        options={"replicate": "never", "pin": {"router": "replicated"}, "memory_gb": None},
+        options={
+            "replicate": "never",
+            "sequence_parallel": "auto",
+            "pin": {"router": "replicated"},
+            "memory_gb": None,
+        },
         parameters=tuple(parameters),
         ties={"lm_head.weight": "embed.weight"},
-        calls=calls,
-        inputs=("x",),
-        outputs=("logits", "hidden.0"),
-        collectives=(*forward, head, *backward, *gradients),
+        schedules=(split, stand_in(split)),
         unsplit=(("router.weight", 128, "pinned"),),
-        findings=("operator without a rule, its operands are replicated: foo (3x)", *(f"seen in {b}" for b in blocks)),
+        findings=(
+            "operator without a rule, its operands are replicated: foo (3x)",
+            *(f"seen in layers.{n}" for n in range(BLOCKS)),
+        ),
         assumptions={"dtype": "float32", "torch": "2.13.0"},
-        cost=PlannedCost(12e-6, 4.1e-6, 7.9e-6, 12e-6, True, 6e-6, 7.5e-6),
+        cost=COST,
         memory_bytes={"weights": 4096, "gradients": 4096, "kv_cache": 0},
     )
     return replace(plan, **changes)

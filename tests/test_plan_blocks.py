@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from changed_plans import with_schedule
 from small_plans import all_reduce, small_plan
 
+from colrow.planner.layout import even
 from colrow.rewrite.plan_blocks import block_of, distinct_blocks, relative_text
 
 
@@ -56,7 +58,7 @@ def test_equal_blocks_come_once_with_their_count():
 
 def test_a_block_with_another_layout_is_another_block():
     changed = tuple(
-        replace(p, edit=replace(p.edit, partial_grad=False)) if p.edit.fqn == "layers.1.norm.weight" else p
+        replace(p, edit=replace(p.edit, layout=even(8, 2), dim=0)) if p.edit.fqn == "layers.1.norm.weight" else p
         for p in small_plan().parameters
     )
     blocks = distinct_blocks(small_plan(parameters=changed))
@@ -65,6 +67,6 @@ def test_a_block_with_another_layout_is_another_block():
 
 def test_blocks_without_parameters_are_shown():
     extra = all_reduce("tail.0", "tail.0", "add in tail.0")
-    blocks = distinct_blocks(small_plan(collectives=(extra,)))
+    blocks = distinct_blocks(with_schedule(small_plan(), collectives=(extra,)))
     assert [b.over for b in blocks] == ["", "layers.{0-2}", "tail.0"]
     assert blocks[-1].traffic[0].collectives[0].forced_by == "add"

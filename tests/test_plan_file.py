@@ -9,12 +9,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from small_plans import BLOCKS, TP, linear_site, small_plan
+from changed_plans import with_edits, with_schedule
+from small_plans import BLOCKS, TP, WORKLOAD, linear_site, small_plan
 from torch import nn
 
 from colrow.cost_models.errors import PlanFileError
 from colrow.planner import Plan, plan
-from colrow.planner.edits import CallEdit, OperatorEdit, ParameterEdit
+from colrow.planner.edits import CallEdit, ForwardEdits, OperatorEdit, ParameterEdit
 from colrow.planner.layout import Layout, Segment, even
 from colrow.planner.lowering import Collective
 from colrow.planner.moves import Move
@@ -22,14 +23,34 @@ from colrow.planner.plan_document import (
     CallEntry,
     CollectiveEntry,
     CostEntry,
+    LengthEntry,
     MoveEntry,
     OperatorEntry,
+    ParameterEntry,
     PlanDocument,
+    ScheduleEntry,
     SegmentEntry,
-    WorkloadEntry,
 )
 from colrow.planner.plan_file import SCHEMA, digest_of, dumps, read
-from colrow.planner.plan_model import PlannedCost, Workload
+from colrow.planner.plan_model import PlannedCost, PlannedParameter, Schedule
+from colrow.planner.workloads import Length, Workload
+
+
+def rigid(calls):
+    """The same calls, with the sequence cut at the planned length only."""
+
+    def move(one):
+        layout = one.layout and replace(one.layout, elastic=False)
+        return replace(one, layout=layout)
+
+    return {
+        site: replace(
+            edit,
+            arguments=tuple((leaf, move(one)) for leaf, one in edit.arguments),
+            result=edit.result and move(edit.result),
+        )
+        for site, edit in calls.items()
+    }
 
 
 class Block(nn.Module):
@@ -83,9 +104,8 @@ def test_any_order_of_parameters_is_kept(reorder, tmp_path):
 
 def test_the_order_of_equal_mappings_does_not_matter():
     made = small_plan()
-    backwards = replace(
-        made, calls=dict(reversed(made.calls.items())), assumptions=dict(reversed(made.assumptions.items()))
-    )
+    calls = dict(reversed(made.schedules[0].edits.calls.items()))
+    backwards = replace(with_edits(made, calls=calls), assumptions=dict(reversed(made.assumptions.items())))
     assert backwards == made
     assert dumps(backwards) == dumps(made)
 
@@ -96,11 +116,9 @@ def test_the_order_of_equal_mappings_does_not_matter():
         {"name": "Other"},
         {"tp": 2, "cost": replace(small_plan().cost, proven=False)},
         {"findings": ()},
-        {"calls": {linear_site("layers.0.attn.o"): CallEdit()}},
+        {"schedules": small_plan().schedules[::-1]},
         {"parameters": small_plan().parameters[:-1]},
         {"ties": {}},
-        {"inputs": ()},
-        {"outputs": ()},
         {"memory_bytes": {"weights": 1}},
     ],
     ids=lambda change: next(iter(change)),
@@ -110,21 +128,69 @@ def test_every_field_is_signed(change):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"workload": replace(WORKLOAD, weight=3.0)},
+        {"workload": replace(WORKLOAD, context=9)},
+        {"workload": replace(WORKLOAD, values=())},
+        {"workload": replace(WORKLOAD, inputs=WORKLOAD.inputs[:1])},
+        {"collectives": small_plan().collectives[1:]},
+        {"cost": replace(small_plan().cost, proven=False)},
+        {"lengths": (Length("ids", 1), Length("x", 2))},
+        {"stands_in": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_of_a_schedule_is_signed(change):
+    assert digest_of(with_schedule(small_plan(), **change)) != digest_of(small_plan())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calls": {linear_site("layers.0.attn.o"): CallEdit()}},
+        {"calls": rigid(small_plan().schedules[0].edits.calls)},
+        {"partial": frozenset()},
+        {"lifted": frozenset()},
+        {"inputs": ()},
+        {"outputs": ()},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_of_the_edits_is_signed(change):
+    assert digest_of(with_edits(small_plan(), **change)) != digest_of(small_plan())
+
+
+EDITS = {"calls": {"calls"}, "partial": {"reads"}, "lifted": {"reads"}}
+EDITS |= {"inputs": {"partial_inputs"}, "outputs": {"partial_outputs"}}
+WORKLOADS = {"name": {"workload"}, "phase": set(), "inputs": {"inputs"}}  # the phase is in the name
+
+
+@pytest.mark.parametrize(
     ("kind", "entry", "renamed"),
     [
         (Plan, PlanDocument, {}),
         (PlannedCost, CostEntry, {}),
+        (PlannedParameter, ParameterEntry, {"is_weight": {"weight"}, "edit": {"dim", "split"}}),
         (Collective, CollectiveEntry, {}),
         (CallEdit, CallEntry, {}),
-        (Move, MoveEntry, {"layout": "split"}),
-        (OperatorEdit, OperatorEntry, {"layout": "split"}),
+        (Move, MoveEntry, {"layout": {"split", "elastic"}}),
+        (OperatorEdit, OperatorEntry, {"layout": {"split"}}),
         (Segment, SegmentEntry, {}),
-        (Workload, WorkloadEntry, {}),
+        (Length, LengthEntry, {}),
+        (
+            Schedule,
+            ScheduleEntry,
+            {
+                "edits": set().union(*(EDITS[field.name] for field in fields(ForwardEdits))),
+                "workload": set().union(*(WORKLOADS.get(f.name, {f.name}) for f in fields(Workload))),
+            },
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_the_file_has_every_field(kind, entry, renamed):
-    names = {renamed.get(field.name, field.name) for field in fields(kind) if field.compare}
+    names = set().union(*(renamed.get(field.name, {field.name}) for field in fields(kind) if field.compare))
     assert set(entry.model_fields) - {"at", "parameter_order"} == names
 
 
@@ -140,7 +206,7 @@ def test_the_file_reads_well():
     assert '"split": [{"length": 6, "local": 4, "owned": ["0:4", "4:6"]}]' in dumps(small_plan())
     assert '"split": [{"length": 4, "local": 4, "owned": ["0:4", "0:4"]}]' in dumps(small_plan())
     assert any(line.startswith('"layers.{0-2}.attn.o": [{"at": "torch.nn.modules.linear:Linear') for line in shown)
-    assert sum('"over": "layers.{' in line for line in lines) == 3  # findings, backward, parameter gradients
+    assert sum('"over": "layers.{' in line for line in lines) == 5  # findings; twice: backward, parameter gradients
 
 
 def test_size_does_not_grow_with_depth():
@@ -214,7 +280,8 @@ def test_another_version(saved):
 def test_an_edit_is_noticed(saved):
     saved.path.write_text(saved.path.read_text().replace('"nbytes": 4096', '"nbytes": 4095'))
     refused(saved.path, "edited by hand", "--from")
-    assert read(saved.path, verify_digest=False).collectives[BLOCKS].nbytes == 4095
+    edited = read(saved.path, verify_digest=False)
+    assert [s.collectives[BLOCKS + 1].nbytes for s in edited.schedules] == [4095, 4095]
 
 
 def test_reformatting_is_no_edit(saved):
@@ -236,17 +303,48 @@ def odd(content):
 
 
 def repeat(content):
-    return next(item for item in content["collectives"] if "over" in item)
+    return next(item for item in schedule(content)["collectives"] if "over" in item)
+
+
+def schedule(content):
+    return content["schedules"][0]
+
+
+def elastic(content):
+    return schedule(content)["calls"]["."][0]["result"]
 
 
 def calls(content):
-    return content["calls"]["layers.{0-2}.attn.o"]
+    return schedule(content)["calls"]["layers.{0-2}.attn.o"]
 
 
 @pytest.mark.parametrize(
     ("change", "field", "wrong"),
     [
-        (lambda c: c.pop("calls"), "calls", "field required"),
+        (lambda c: c.pop("schedules"), "schedules", "field required"),
+        (lambda c: c.update(schedules=[]), "schedules", "at least 1 item"),
+        (lambda c: schedule(c).pop("inputs"), "schedules.0.inputs", "field required"),
+        (lambda c: schedule(c).update(speed=9), "schedules.0.speed", "extra inputs"),
+        (lambda c: schedule(c).update(workload="serve"), "schedules.0.workload", "names no phase"),
+        (lambda c: schedule(c)["lengths"][0].update(dim=-1), "schedules.0.lengths.0.dim", "greater than or equal"),
+        (lambda c: schedule(c).update(stands_in=True), "schedules.0.stands_in", "stands in for none"),
+        (lambda c: c["schedules"].pop(), "schedules.0.lengths", "no schedule stands in"),
+        (lambda c: c["schedules"][1].pop("stands_in"), "schedules.0.lengths", "no schedule stands in"),
+        (lambda c: schedule(c).pop("lengths"), "schedules.1.stands_in", "stands in for none"),
+        (lambda c: c["schedules"].append(c["schedules"][1]), "schedules.2.stands_in", "stands in for none"),
+        (
+            lambda c: c["schedules"][1].update(lengths=schedule(c)["lengths"]),
+            "schedules.1.lengths",
+            "takes any lengths",
+        ),
+        (lambda c: c["schedules"][1].update(workload="decode"), "schedules.1.workload", "stands in for train"),
+        (lambda c: schedule(c)["reads"].update({"layers.{0-}.x": {}}), "schedules.0.reads", "range"),
+        (
+            lambda c: schedule(c)["reads"].update(nothing={"lifted": True}),
+            "schedules.0.reads.nothing",
+            "no such parameter",
+        ),
+        (lambda c: elastic(c).update(elastic=1), "result.elastic", "valid boolean"),
         (lambda c: c.update(speed=9), "speed", "extra inputs"),
         (lambda c: c.update(tp="2"), "tp", "valid integer"),
         (lambda c: c.update(tp=0), "tp", "greater than or equal to 1"),
@@ -261,12 +359,12 @@ def calls(content):
         (lambda c: odd(c).update(owned=["0:4", "4:9"]), "parameters.odd.weight.split.0.owned.1", "not within 0:6"),
         (lambda c: odd(c).update(owned=["0:6", ""]), "parameters.odd.weight.split.0.owned.0", "the local length 4"),
         (lambda c: odd(c).update(owned=["0:4", "x"]), "parameters.odd.weight.split.0.owned", "invalid literal"),
-        (lambda c: repeat(c).update(over="layers"), "collectives", "no range"),
-        (lambda c: repeat(c)["each"][0].update(kind=3), "collectives.4.each.0.kind", "valid string"),
+        (lambda c: repeat(c).update(over="layers"), "schedules.0.collectives", "no range"),
+        (lambda c: repeat(c)["each"][0].update(kind=3), "schedules.0.collectives.5.each.0.kind", "valid string"),
         (lambda c: c.update(parameter_order="0-3"), "parameter_order", "not an order of"),
-        (lambda c: c["calls"].update({"layers.{0-}.x": []}), "calls", "range"),
-        (lambda c: calls(c)[0].update(at="here"), "calls.layers.0.attn.o.0.at", "not a place"),
-        (lambda c: calls(c).extend(calls(c)), "calls.layers.0.attn.o.1", "edited twice"),
+        (lambda c: schedule(c)["calls"].update({"layers.{0-}.x": []}), "schedules.0.calls", "range"),
+        (lambda c: calls(c)[0].update(at="here"), "schedules.0.calls.layers.0.attn.o.0.at", "not a place"),
+        (lambda c: calls(c).extend(calls(c)), "schedules.0.calls.layers.0.attn.o.1", "edited twice"),
         (lambda c: calls(c)[0]["result"].update(forward="send"), "attn.o.0.result.forward", "'all_gather'"),
     ],
 )
