@@ -1,17 +1,19 @@
 """What ``colrow calibrate`` measures, on every rank at once: collectives as the runtime calls them, and compute.
 
-Collectives are the functional operators that rewritten models call (`collectives`), over gloo or NCCL. A figure is the
-slower rank's median over repeated calls, and the smaller of two rounds, because machines do other things as well. Ranks
-agree on how often to repeat, so they never wait for each other. Compute is timed on all ranks together: cores share
-caches and memory, and ranks compute at the same time in a step.
+Collectives are the functional operators that rewritten models call (`collectives`), over gloo or NCCL. Machines do
+other things as well, and that only adds: a reading is the slower rank's, readings during which the system preempted a
+rank are left out where others remain, and a figure is the lower quartile of the rest and the least of the rounds.
+Compute on a CPU is timed in CPU seconds. Ranks agree on how often to repeat, so they never wait for each other; they
+compute at the same time, as in a step, because cores share caches and memory.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -25,13 +27,14 @@ from colrow.cost_models.communication import COLLECTIVE_KINDS, CollectiveKind
 from colrow.cost_models.measured_curve import Row
 
 SMALLEST_BYTES, LARGEST_BYTES = 256, 64 * 2**20
-ROUNDS = 2
+ROUNDS = 3
 LEAST_CALLS, MOST_CALLS = 3, 60
-COLLECTIVES_S, MATMULS_S = 50.0, 20.0  # all of it, in under two minutes with starting and fitting
+COLLECTIVES_S, MATMULS_S = 35.0, 15.0  # all of it, in under two minutes with starting and fitting
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MATMUL_ROWS = (1, 16, 128, 512, 2048, 8192)
 MATMUL_WIDTHS = (256, 1024, 2048, 8192)
 LARGEST_WEIGHT_BYTES = 2**28
+LONGEST_MATMUL_S = 0.05
 STREAM_BYTES = 64 * 2**20  # of one operand; no cache holds three of them
 _functional = torch.ops._c10d_functional
 
@@ -58,41 +61,51 @@ class Clock:
     Attributes:
         device: Where tensors live.
         calls_at_a_time: Calls between two readings: GPUs queue work, and a reading waits for the queue.
+        read: Seconds now.
     """
 
     device: torch.device
     calls_at_a_time: int
+    read: Callable[[], float] = time.perf_counter
 
     def now(self) -> float:
         """Seconds, once all work on the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self.read()
 
     def once(self, call: Callable[[], object], group: dist.ProcessGroup) -> float:
         """One call after a first one to warm up, of the slower rank."""
         call()
         begin = self.now()
         call()
-        return _slower(self.now() - begin, group)
+        return typical([self.now() - begin], [0], group)
 
     def repeated(self, call: Callable[[], object], once_s: float, budget_s: float, group: dist.ProcessGroup) -> float:
-        """Median seconds of a call, of the slower rank; ``once_s`` is what ranks agreed that one takes."""
+        """Seconds of a call, from as many readings as the budget allows; ranks agreed that one takes ``once_s``."""
         readings = min(MOST_CALLS, max(LEAST_CALLS, int(budget_s / (once_s * self.calls_at_a_time))))
-        seconds = []
+        seconds, preempted = [], []
         for _ in range(readings):
-            begin = self.now()
+            before, begin = preemptions(), self.now()
             for _ in range(self.calls_at_a_time):
                 call()
             seconds.append((self.now() - begin) / self.calls_at_a_time)
-        return _slower(median(seconds), group)
+            preempted.append(preemptions() - before)
+        return typical(seconds, preempted, group)
 
 
-def _slower(seconds: float, group: dist.ProcessGroup) -> float:
-    """The largest of all ranks' seconds; agreed over gloo."""
-    agreed = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-    return float(agreed)
+def preemptions() -> int:
+    """How often the system took the processor from this process while it could have gone on."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def typical(seconds: Sequence[float], preempted: Sequence[int], group: dist.ProcessGroup | None = None) -> float:
+    """Of readings that all ranks of a group took together (module docstring); agreed over gloo."""
+    slower, disturbed = torch.tensor([seconds, preempted], dtype=torch.float64)
+    dist.all_reduce(slower, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(disturbed, group=group)
+    kept = sorted(slower[disturbed == 0].tolist()) or [float(slower.min())]
+    return float(kept[(len(kept) - 1) // 4])
 
 
 def group_sizes(ranks: int) -> list[int]:
@@ -106,7 +119,11 @@ def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
     Args:
         uses_cuda: Measure NCCL and this rank's GPU (already the current device), else gloo and the CPU.
     """
-    clock = Clock(torch.device("cuda", torch.cuda.current_device()), 10) if uses_cuda else Clock(torch.device("cpu"), 1)
+    if uses_cuda:
+        clock = computing = Clock(torch.device("cuda", torch.cuda.current_device()), 10)
+    else:
+        clock = Clock(torch.device("cpu"), 1)
+        computing = Clock(torch.device("cpu"), 1, time.process_time)
     world = dist.group.WORLD
     assert world is not None
     ranks = dist.get_world_size()
@@ -124,9 +141,9 @@ def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
                 collectives[kind][size] = _curve(kind, size, talking[size], agreeing[size], clock, budget_s)
             dist.barrier()  # who is not in a group waits for it
     _say("  matmuls, memory, launches")
-    matmuls = _matmuls(clock, world)
-    streams = _streams(clock, world)
-    launch_s, eager_dispatch_s = _launch(clock, world)
+    matmuls = _matmuls(computing, world)
+    streams = _streams(computing, world)
+    launch_s, eager_dispatch_s = _launch(computing, world)
     units = torch.cuda.get_device_properties(clock.device).multi_processor_count if uses_cuda else 1
     memory = torch.cuda.get_device_properties(clock.device).total_memory if uses_cuda else _host_bytes() // ranks
     found = RankMeasurements(
@@ -210,7 +227,7 @@ def _matmuls(clock: Clock, group: dist.ProcessGroup) -> dict[str, list[MatmulRow
             weight = torch.ones(width, width, dtype=dtype, device=clock.device)
             for m in MATMUL_ROWS:
                 x = torch.ones(m, width, dtype=dtype, device=clock.device)
-                if found and 2.0 * m * width * width / max(row.flops_per_s for row in found) > share_s:
+                if found and 2.0 * m * width * width / max(row.flops_per_s for row in found) > LONGEST_MATMUL_S:
                     continue
 
                 def call(x: Tensor = x, weight: Tensor = weight) -> Tensor:
