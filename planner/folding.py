@@ -11,15 +11,17 @@ tensor shapes and non-tensor values, and no hook may look into the block; otherw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+
+from .block_markers import marked, stand_ins
 
 
 class Untouchable:
@@ -41,24 +43,6 @@ class FoldCall:
 
     fqn: str
     template: str
-    results: list[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=list)
-
-
-_CALLS: dict[int, FoldCall] = {}
-"""Fold calls of traces in progress, by the key that their marker nodes carry."""
-
-
-@torch.library.custom_op("colrow::block", mutates_args=())
-def block_marker(tensors: list[Tensor], key: int, part: str) -> list[Tensor]:
-    """Stands in a trace for the entry, the exit or the whole of a block."""
-    raise RuntimeError("colrow::block exists in traces only")
-
-
-@block_marker.register_fake
-def _(tensors: list[Tensor], key: int, part: str) -> list[Tensor]:
-    if part == "call":
-        return [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in _CALLS[key].results]
-    return [torch.empty_like(t) for t in tensors]
 
 
 @dataclass
@@ -78,7 +62,7 @@ class Folding:
         self.groups = _equal_blocks(model) if enabled else []
         self.template_of = {copy: group[0] for group in self.groups for copy in group[1:]}
         self.model = model
-        self.calls: dict[int, FoldCall] = {}
+        self.calls: list[FoldCall] = []
         self._seen: dict[str, _Seen] = {}
         self._prefixes = tuple(f"{copy}." for copy in self.template_of)
 
@@ -104,8 +88,6 @@ class Folding:
         finally:
             for step in reversed(undo):
                 step()
-            for key in self.calls:
-                _CALLS.pop(key, None)
 
     def _patch(self, module: nn.Module, fqn: str, template: str, undo: list[Callable[[], None]]) -> None:
         forward = module.forward
@@ -132,32 +114,47 @@ class Folding:
         def run(*args: Any, **kwargs: Any) -> Any:
             leaves, spec = pytree.tree_flatten((args, kwargs))
             seen = self._seen.get(template)
-            if seen is None or spec != seen.spec or not all(map(_alike, leaves, seen.leaves)):
-                raise RuntimeError("a folded block is called differently from its template")
-            tensors = [leaf for leaf in seen.result_leaves if isinstance(leaf, Tensor)]
-            with torch._C.DisableTorchFunction():  # these are no lengths that the model's code reads
-                shapes = [(tuple(t.shape), t.dtype) for t in tensors]
-            key = self._new_key(FoldCall(fqn, template, shapes))
-            made = iter(block_marker([leaf for leaf in leaves if isinstance(leaf, Tensor)], key, "call"))
-            results = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in seen.result_leaves]
-            return pytree.tree_unflatten(results, seen.result_spec)
+            with torch._C.DisableTorchFunction():  # what is done here is no part of the model
+                if seen is None or spec != seen.spec or not _alike(leaves, seen.leaves):
+                    raise RuntimeError("a folded block is called differently from its template")
+                key = self._new_key(FoldCall(fqn, template))
+                made = stand_ins(_tensors(leaves), key, _tensors(seen.result_leaves))
+            return pytree.tree_unflatten(_with_tensors(seen.result_leaves, made), seen.result_spec)
 
         return run
 
     def _new_key(self, call: FoldCall) -> int:
-        key = len(_CALLS)
-        while key in _CALLS:
-            key += 1
-        _CALLS[key] = self.calls[key] = call
-        return key
+        self.calls.append(call)
+        return len(self.calls) - 1
 
 
 def _marked(leaves: list[Any], key: int, part: str) -> list[Any]:
-    made = iter(block_marker([leaf for leaf in leaves if isinstance(leaf, Tensor)], key, part))
+    with torch._C.DisableTorchFunction():
+        return _with_tensors(leaves, marked(_tensors(leaves), key, part))
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _with_tensors(leaves: list[Any], tensors: Iterable[Tensor]) -> list[Any]:
+    """``leaves`` with their tensors exchanged, in order."""
+    made = iter(tensors)
     return [next(made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _alike(leaves: list[Any], others: list[Any]) -> bool:
+    """Whether two calls' arguments are equal but for what their tensors hold."""
+    return _identities(leaves) == _identities(others) and all(map(_are_alike, leaves, others))
+
+
+def _identities(leaves: list[Any]) -> list[int]:
+    """For each tensor, where it is passed first."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(leaf), at) for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+
+def _are_alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype
     return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, bool)) and bool(a == b))

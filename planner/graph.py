@@ -93,6 +93,28 @@ class Node:
         if self.template < 0:
             self.template = self.index
 
+    def copied(
+        self,
+        index: int,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        operands: tuple[int, ...],
+        call: int,
+        module: str,
+    ) -> Node:
+        """This operator in another copy of its block: all else is equal, so that nothing is derived again."""
+        copy = object.__new__(Node)
+        copy.__dict__.update(
+            self.__dict__,
+            index=index,
+            arguments=arguments,
+            keywords=keywords,
+            operands=operands,
+            call=call,
+            module=module,
+        )
+        return copy
+
     @property
     def nbytes(self) -> int:
         """Bytes of the whole value (all outputs)."""

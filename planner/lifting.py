@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,10 +11,12 @@ import torch.fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .block_copies import Template, append_copy, template_of
+from .block_markers import block_marker
 from .blocks import block_paths
 from .call_record import TAG, CallRecorder, Measured
 from .folding import Folding
-from .graph import LEAVES, VIEWS, Block, Call, Graph, Node, Ref, mapped
+from .graph import VIEWS, Block, Call, Graph, Node, Ref
 from .head_groups import fuse_repeats
 from .rules.base import wrapped
 from .sites import Site, frame_of
@@ -65,8 +66,8 @@ class _Lifting:
         self.call_index: dict[int, int] = {}
         self.tensor_nodes: dict[int, list[int]] = {}
         self.leaf_index: dict[str, int] = {}
-        self.open_blocks: dict[str, tuple[int, int, list[int]]] = {}
-        self.templates: dict[str, tuple[int, int, list[int], list[int], int]] = {}
+        self.open_blocks: dict[str, tuple[int, list[int]]] = {}
+        self.templates: dict[str, Template] = {}
         self.read_inside: dict[str, list[set[int]]] = {}
         self.block_starts = block_paths(model)
 
@@ -86,7 +87,7 @@ class _Lifting:
                 self.graph.outputs = [cast(Ref, self.value[leaf]).index for leaf in returned]
         self._unread_parameters()
         fuse_repeats(self.graph)
-        _record_blocks(self.graph, self.block_starts, self.templates)
+        _record_blocks(self.graph, self.block_starts)
         return self.graph
 
     def _unread_parameters(self) -> None:
@@ -118,16 +119,15 @@ class _Lifting:
             made = self.value[source]  # type: ignore[index]
             if isinstance(made, list):
                 self.value[node] = made[position]  # type: ignore[index]
-                self._measure(cast(Ref, self.value[node]), self.measured.get(node, ()))
                 return
             self._append(node, "getitem", (made, position), {}, "")
+            return
+        if node.target is block_marker:
+            self._block(node)
             return
         if not isinstance(node.target, torch._ops.OpOverload):
             return  # _set_grad_enabled and other context markers
         name = node.target._schema.name.split("::")[1]
-        if node.target is torch.ops.colrow.block.default:
-            self._block(node)
-            return
         if name in _NOISE:
             return
         if name == "copy_" and self._written_slice(node):
@@ -231,71 +231,31 @@ class _Lifting:
         call = self.folding.calls[key]  # type: ignore[index]
         indices = [r.index for r in refs]
         if part == "enter":
-            self.open_blocks[call.fqn] = (len(self.graph.nodes), len(self.graph.calls), indices)
-            self.read_inside[call.fqn] = [self.measured.get(user, set()) for user in _items(node, len(refs))]
-            self.value[node] = refs
+            self.open_blocks[call.fqn] = (len(self.graph.nodes), indices)
+            self.read_inside[call.fqn] = self._read_of(node, len(refs))
         elif part == "exit":
-            start, first_call, entries = self.open_blocks.pop(call.fqn)
-            self.templates[call.fqn] = (start, len(self.graph.nodes), entries, indices, first_call)
-            self.value[node] = refs
+            self.templates[call.fqn] = template_of(self.graph, call.fqn, *self.open_blocks.pop(call.fqn), indices)
         else:
-            self.value[node] = self._copy(call.template, call.fqn, indices)
+            for entry, dims in zip(refs, self.read_inside[call.template], strict=True):
+                self._measure(entry, dims)
+            refs = append_copy(self.graph, self.templates[call.template], call.fqn, indices, self._leaf_like)
+        for value, dims in zip(refs, self._read_of(node, len(refs)), strict=True):
+            self._measure(value, dims)
+        self.value[node] = refs[0] if len(refs) == 1 else refs
 
-    def _copy(self, template: str, fqn: str, entries: list[int]) -> list[Ref]:
-        """Appends a copy of the template's nodes, its parameters renamed and its inputs replaced."""
-        start, stop, old_entries, exits, _ = self.templates[template]
-        graph = self.graph
-        for entry, dims in zip(entries, self.read_inside[template], strict=True):
-            self._measure(Ref(entry), dims)
-        to: dict[int, int] = dict(zip(old_entries, entries, strict=True))
-        calls: dict[int, int] = {}
+    def _read_of(self, marker: torch.fx.Node, count: int) -> list[set[int]]:
+        """The dims that the code reads of each of the values that a marker stands for."""
+        if count == 1:
+            return [self.measured.get(marker, set())]
+        taken = {user.args[1]: user for user in marker.users if user.target is operator.getitem}
+        return [self.measured.get(taken[at], set()) if at in taken else set() for at in range(count)]
 
-        def renamed(path: str) -> str:
-            return fqn + path[len(template) :] if path == template or path.startswith(template + ".") else path
-
-        def moved(leaf: Any) -> Any:
-            if isinstance(leaf, Measured) and isinstance(leaf.origin, Ref):
-                return Measured.read(int(leaf), moved(leaf.origin), leaf.dim)
-            if not isinstance(leaf, Ref):
-                return leaf
-            if leaf.index not in to:
-                outer = graph.nodes[leaf.index]
-                if outer.fqn and renamed(outer.fqn) != outer.fqn:
-                    name = renamed(outer.fqn)
-                    if name not in self.leaf_index:
-                        made = self._leaf(outer.op, name, outer.shape, outer.dtype)
-                        graph.nodes[made.index].template = outer.template
-                    to[leaf.index] = self.leaf_index[name]
-                else:
-                    to[leaf.index] = leaf.index
-            return Ref(to[leaf.index])
-
-        template_nodes = graph.nodes[start:stop]
-        for leaf in dict.fromkeys(i for n in template_nodes for i in n.operands if not start <= i < stop):
-            moved(Ref(leaf))  # all leaves first, so that the copy's own nodes are one range
-        first = len(graph.nodes)
-        for node in template_nodes:
-            if node.op in LEAVES:
-                to[node.index] = moved(Ref(node.index)).index if node.index not in to else to[node.index]
-                continue
-            if node.call >= 0 and node.call not in calls:
-                old = graph.calls[node.call]
-                calls[node.call] = len(graph.calls)
-                site = Site(renamed(old.site.module), old.site.frames)
-                graph.calls.append(replace(old, site=site, leaves=tuple(map(moved, old.leaves))))
-            copied = replace(
-                node,
-                index=len(graph.nodes),
-                arguments=mapped(node.arguments, moved),
-                keywords=mapped(node.keywords, moved),
-                call=calls.get(node.call, -1),
-                module=renamed(node.module),
-                template=node.template,
-            )
-            to[node.index] = copied.index
-            graph.nodes.append(copied)
-        self.templates[fqn] = (first, len(graph.nodes), entries, [to[e] for e in exits], 0)
-        return [Ref(to[e]) for e in exits]
+    def _leaf_like(self, outer: Node, name: str) -> int:
+        """The leaf of this name: a template's, in a copy."""
+        if name not in self.leaf_index:
+            made = self._leaf(outer.op, name, outer.shape, outer.dtype)
+            self.graph.nodes[made.index].template = outer.template
+        return self.leaf_index[name]
 
 
 def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list[tuple[str, str]]:
@@ -308,12 +268,6 @@ def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list
             ("input", pytree.keystr(path).strip("[]'\"").replace("']['", ".").replace("'][", ".").replace("][", "."))
         )
     return names
-
-
-def _items(node: torch.fx.Node, count: int) -> list[torch.fx.Node | None]:
-    """The nodes that take each output of an operator with several."""
-    taken = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    return [taken.get(position) for position in range(count)]
 
 
 def _name(node: torch.fx.Node) -> str:
@@ -329,7 +283,7 @@ def _is_fx(leaf: Any) -> bool:
     return isinstance(leaf, torch.fx.Node)
 
 
-def _record_blocks(graph: Graph, paths: list[str], templates: dict[str, Any]) -> None:
+def _record_blocks(graph: Graph, paths: list[str]) -> None:
     """Fills ``graph.blocks`` from the nodes' module paths; leaves count with the block that reads them first."""
     ranges: dict[str, tuple[int, int]] = {}
     known = set(paths)

@@ -82,6 +82,7 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_without_cache(model))
+        stack.enter_context(_without_stack_traces())
         stack.enter_context(folding.installed())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
@@ -156,6 +157,17 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in asked:
             config.use_cache = True
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Tracing formats no stack trace for every node: the recorder's frames say where a node comes from."""
+    before = torch.fx.config.do_not_emit_stack_traces
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = before
 
 
 def _first_line(error: BaseException) -> str:

@@ -112,6 +112,41 @@ class Mixed(nn.Module):
         return x
 
 
+class Couple(nn.Module):
+    """Two values in, two out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Mlp(), Mlp()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x) + y, self.second(y) * x
+
+
+class Couples(nn.Module):
+    """Blocks of two values; the first is called on one value twice where asked for."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+        self.blocks = nn.ModuleList(Couple() for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x if self.joined else x + 1
+        for block in self.blocks:
+            x, y = block(x, y)
+        return x, y
+
+
+class Writes(Mlp):
+    """Changes a tensor through a view of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        y[:, 1:].mul_(2)
+        return y
+
+
 X = (torch.zeros(2, 5, HIDDEN),)
 
 
@@ -152,6 +187,23 @@ def test_a_number_that_is_no_position_keeps_blocks_apart() -> None:
 def test_unlike_calls_of_one_template_are_not_folded(model: type[nn.Module], inputs: Inputs) -> None:
     graph = same(model(), inputs)
     assert graph.assumptions["folding"].startswith("off: a folded block is called")
+
+
+def test_blocks_of_two_values() -> None:
+    graph = same(Couples(joined=False), X)
+    assert traced_blocks(graph) == {"blocks.0"}
+
+
+def test_one_value_passed_twice_is_not_two_values() -> None:
+    graph = same(Couples(joined=True), X)
+    assert graph.assumptions["folding"].startswith("off: a folded block is called")
+
+
+def test_copies_of_a_block_that_writes_are_pinned_too() -> None:
+    graph = same(listed(lambda index: Writes()), IDS)
+    assert traced_blocks(graph) == {"blocks.0"}
+    pinned = {graph.nodes[index].module for index in graph.whole}
+    assert {f"blocks.{n}" for n in range(3)} <= pinned
 
 
 def test_blocks_that_share_a_parameter_are_not_folded() -> None:
