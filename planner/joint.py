@@ -1,16 +1,24 @@
-"""Several workloads over one weight layout: their problems put together, every parameter laid out alike in all."""
+"""Several workloads over one weight layout: their problems put together, every parameter laid out alike in all.
+
+What each workload costs alone, added up, is a bound below; most often one of their layouts attains it in all of them,
+and that is the proof. Otherwise the problems are solved as one, which takes wider tables.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 
-from .factor_graph import INFEASIBLE, Factor, Problem, Table
-from .formulation import Formulation
+from colrow.cost_models.errors import Infeasible
+
+from .factor_graph import INFEASIBLE, Factor, Problem, Solution, Table, evaluate, memory_of
+from .formulation import REPLICATION_PENALTY_PS, Formulation
 from .placement import Replicate
+from .solver import solve
 from .strategies import Domain, Stored
 
 
@@ -21,6 +29,76 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
     whole = [int(part * common) for part in parts]
     shared = math.gcd(*whole)
     return [max(1, w // shared) for w in whole]
+
+
+def solve_together(formulations: Sequence[Formulation], weights: Sequence[int], heaviest: int) -> Solution:
+    """The cheapest layout and moves of all workloads; the assignment is that of `joined`.
+
+    Raises:
+        Infeasible: As of `solve`.
+    """
+    problem = joined(formulations, weights, heaviest)
+    alone = [solve(replace(f.problem, memory_cap=None)) for f in formulations]
+    bound = sum(w * s.lower_bound for w, s in zip(weights, alone, strict=True))
+    found = [s for s in (_with_layout_of(n, formulations, alone, problem, bound) for n in range(len(alone))) if s]
+    best = min(found, key=lambda s: s.cost, default=None)
+    if best is None or not best.proven:
+        splits = (
+            _splits(formulations[0], alone[0])
+            if best is not None and best.cost - bound < REPLICATION_PENALTY_PS
+            else ()
+        )
+        whole = solve(replace(problem, factors=(*problem.factors, *splits)))
+        bound = max(bound, whole.lower_bound)
+        cheaper = whole if best is None or whole.cost <= best.cost else best
+        best = replace(cheaper, lower_bound=bound, proven=cheaper.cost == bound)
+    return best
+
+
+def _splits(formulation: Formulation, alone: Solution) -> tuple[Factor, ...]:
+    """That no weight stays whole which pays for it: so it is in every optimum, if one workload's own has none that
+    does and the cheapest known costs less than one such payment above the bound."""
+    whole = [isinstance(formulation.domains[v][alone.assignment[v]], Replicate) for v in formulation.penalised]
+    if any(whole):
+        return ()
+    columns = {
+        v: np.array([INFEASIBLE * isinstance(s, Replicate) for s in formulation.domains[v]], dtype=np.int64)
+        for v in sorted(formulation.penalised)
+    }
+    return tuple(Factor((v,), column) for v, column in columns.items())
+
+
+def _with_layout_of(
+    chosen: int, formulations: Sequence[Formulation], alone: Sequence[Solution], problem: Problem, bound: int
+) -> Solution | None:
+    """All workloads in the layout that one of them would take alone; None where one cannot, or memory is short."""
+    layout = {
+        node.fqn: formulations[chosen].domain(node.index)[alone[chosen].assignment[formulations[chosen].variable[at]]]
+        for at, node in enumerate(formulations[chosen].graph.nodes)
+        if node.op == "parameter"
+    }
+    parts: list[int] = []
+    for n, formulation in enumerate(formulations):
+        if n == chosen:
+            parts += alone[n].assignment
+            continue
+        fixed = {}
+        for node in formulation.graph.nodes:
+            if node.op == "parameter":
+                column = [
+                    0 if _same_layout(s, layout[node.fqn]) else INFEASIBLE for s in formulation.domain(node.index)
+                ]
+                variable = formulation.variable[node.index]
+                fixed[variable] = Factor((variable,), np.array(column, dtype=np.int64))
+        factors = (*formulation.problem.factors, *fixed.values())
+        try:
+            parts += solve(replace(formulation.problem, factors=factors, memory_cap=None)).assignment
+        except Infeasible:
+            return None
+    cost, held = evaluate(problem, parts), memory_of(problem, parts)
+    if problem.memory_cap is not None and held > problem.memory_cap:
+        return None
+    return Solution(tuple(parts), cost, bound, cost == bound, "one layout for all", held)
 
 
 def joined(formulations: Sequence[Formulation], weights: Sequence[int], heaviest: int) -> Problem:

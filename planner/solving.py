@@ -11,7 +11,7 @@ from .bytes_per_rank import memory_of, workspace_bytes
 from .factor_graph import Solution, evaluate
 from .formulation import Formulation, formulate
 from .graph import Graph
-from .joint import integer_weights, joined, offsets_of
+from .joint import integer_weights, joined, offsets_of, solve_together
 from .lowering import Lowered, SiteConflict, lower
 from .placement import WHOLE
 from .pricing import Pricing
@@ -58,7 +58,7 @@ def solve_jointly(
         ]
         alone = len(formulations) == 1
         problem = formulations[0].problem if alone else joined(formulations, weights, heaviest)
-        solution = solve(problem)
+        solution = solve(problem) if alone else solve_together(formulations, weights, heaviest)
         if evaluate(problem, solution.assignment) != solution.cost:
             raise AssertionError("re-pricing gives another cost than the solver")
         try:
