@@ -121,7 +121,8 @@ def nameless(planned: Plan) -> dict[str, object]:
         "parameters": [
             (p.placement, p.shape, p.is_weight, replace(p.edit, fqn="")) for p in planned.parameters
         ],
-        "calls": sorted(str(edit) for edit in planned.calls.values()),
+        "calls": [sorted(str(edit) for edit in schedule.edits.calls.values()) for schedule in planned.schedules],
+        "reads": [(len(s.edits.partial), len(s.edits.lifted)) for s in planned.schedules],
         "collectives": [(c.kind, c.nbytes, c.direction, c.category, c.ps) for c in planned.collectives],
         "cost": planned.cost,
         "memory": planned.memory_bytes,

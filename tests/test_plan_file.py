@@ -161,7 +161,7 @@ def test_every_field_of_the_edits_is_signed(change):
     assert digest_of(with_edits(small_plan(), **change)) != digest_of(small_plan())
 
 
-EDITS = {"calls": {"calls"}, "partial": {"reads"}, "lifted": {"reads"}}
+EDITS = {"partial": {"reads"}, "lifted": {"reads"}}
 EDITS |= {"inputs": {"partial_inputs"}, "outputs": {"partial_outputs"}}
 WORKLOADS = {"name": {"workload"}, "phase": set(), "inputs": {"inputs"}}  # the phase is in the name
 
@@ -182,7 +182,7 @@ WORKLOADS = {"name": {"workload"}, "phase": set(), "inputs": {"inputs"}}  # the 
             Schedule,
             ScheduleEntry,
             {
-                "edits": set().union(*(EDITS[field.name] for field in fields(ForwardEdits))),
+                "edits": set().union(*(EDITS.get(f.name, {f.name}) for f in fields(ForwardEdits))),
                 "workload": set().union(*(WORKLOADS.get(f.name, {f.name}) for f in fields(Workload))),
             },
         ),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from colrow.cost_models.errors import ColrowError, LayoutError, MemoryCapError, UsageError
 from colrow.planner import plan
-from colrow.planner.planning import example_of
+from colrow.planner.workloads import example_of
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from colrow.planner.planning import example_of
         ({"tp": 4096}, r"^tp: "),
         ({"phase": "training"}, r"^phase: .*got 'training', need prefill, decode or train"),
         ({"replicate": "always"}, r"^replicate: .*need never or auto"),
-        ({"sequence_parallel": True}, r"^sequence_parallel: not available"),
+        ({"sequence_parallel": "on"}, r"^sequence_parallel: unknown policy; got 'on', need False, True or auto"),
         ({"pin": {"head": "diagonal"}}, r"^pin head: .*got 'diagonal'"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_tied_weight_has_one_layout() -> None:
 
 def test_one_rank_communicates_nothing() -> None:
     made = plan(Decoder(2), IDS, tp=1, phase="train")
-    assert not made.collectives and not made.calls
+    assert not made.collectives and not made.schedules[0].edits.calls
     assert made.cost.comm_s == 0 and made.cost.compute_s > 0
     assert all(p.local_shape == p.shape for p in made.parameters)
 
