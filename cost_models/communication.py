@@ -1,20 +1,20 @@
-"""Seconds of a collective: a segmented alpha-beta model of each (kind, group size), and what lies between and beyond.
+"""Seconds of a collective: curves of time over bytes for each kind and group size, and what lies between and beyond.
 
-One measured pair of kind and group size is a *curve*, continuous and nondecreasing by construction:
+One pair of kind and group size is a *curve*, continuous and nondecreasing by construction:
 
     t(S) = latency_s + sum over segments i of  s_per_byte[i] * (bytes of S that lie in segment i)
 
-that is, Hockney's alpha + beta * S (R. Hockney, Parallel Computing 20(3), 1994) with up to three betas, because NCCL
+that is, Hockney's alpha + beta * S (R. Hockney, Parallel Computing 20(3), 1994) with a beta per segment, because NCCL
 switches protocol (LL, LL128, Simple) and algorithm as messages grow. No parameter can make it jump, fall or go below
-zero, so those properties need no check at run time. `segment_fit` finds the parameters.
+zero, so those properties need no check at run time. `measured_curve` draws it through a table, `structural` from links.
 
 Group sizes nobody measured (3, 5, 6, 7 between 2, 4 and 8) lie on a straight line in log time over log size:
 
     t(S, n) = t(S, a)^w * t(S, b)^(1 - w),   w = ln(b / n) / ln(b / a),   a < n < b neighbouring measured sizes
 
 which is positive, continuous and nondecreasing in S because both factors are. Leaving out size 4 of the measured
-2, 4, 8 gives median errors of 4 to 9 % on the NVSwitch tables and 13 to 19 % on the PCIe one
-(``tests/test_cost_communication.py`` asserts it).
+2, 4, 8 gives median errors of 5 to 7 % per machine on NCCL tables of NVSwitch machines and 16 % on the L40S one
+(``make bench-costs``).
 
 Groups larger than a node add a structural term, `inter_node_s`. Sizes in ``nbytes`` are always those of the whole,
 unsharded tensor over all ranks (see `traffic_share`).

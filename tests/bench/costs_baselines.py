@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import exp, log
 
 from colrow.cost_models.communication import CollectiveKind
 from colrow.cost_models.measured_curve import Row
-from colrow.cost_models.segment_fit import fit_segments
 
 
 def log_log(rows: Sequence[Row], nbytes: float) -> float:
@@ -22,9 +22,16 @@ def log_log(rows: Sequence[Row], nbytes: float) -> float:
 
 
 def alpha_beta(rows: Sequence[Row]) -> tuple[float, float]:
-    """One latency and one rate, the least sum of relative errors (Hockney 1994)."""
-    fit = fit_segments(rows, max_segments=1)
-    return fit.latency_s, fit.slopes_s_per_byte[0]
+    """One latency and one rate, neither negative, with the least sum of relative errors (Hockney 1994).
+
+    Such a line meets two rows, or one row and a bound (a vertex of the linear programme), so trying those is exact.
+    """
+    lines = [(seconds, 0.0) for _, seconds in rows] + [(0.0, seconds / nbytes) for nbytes, seconds in rows if nbytes]
+    for (low, low_s), (high, high_s) in combinations(sorted(rows), 2):
+        slope = (high_s - low_s) / (high - low)
+        if slope >= 0 and low_s - slope * low >= 0:
+            lines.append((low_s - slope * low, slope))
+    return min(lines, key=lambda line: sum(abs((line[0] + line[1] * n) / seconds - 1) for n, seconds in rows))
 
 
 @dataclass(frozen=True)
