@@ -16,7 +16,7 @@ from .layout import Layout
 from .moves import Move
 from .sites import Site
 
-OperatorName = Literal["vocab_embedding", "mean_of_shard", "rank_random"]
+OperatorName = Literal["vocab_embedding", "vocab_cross_entropy", "mean_of_shard", "rank_random"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class OperatorEdit:
     """A local operator where the dense one would be wrong on slices.
 
     Attributes:
-        name: ``vocab_embedding`` (rows split), ``mean_of_shard`` (a mean over a split dim, as a partial sum),
+        name: ``vocab_embedding`` (rows split), ``vocab_cross_entropy`` (classes split, with reductions of its own),
+            ``mean_of_shard`` (a mean over a split dim, as a partial sum),
             ``rank_random`` (dropout in a
             split region draws differently on every rank).
         dim: The split dim of its first operand.
@@ -78,6 +79,7 @@ class ForwardEdits:
         lifted: Parameters that join a partial sum, so that only the first rank reads them.
         inputs: Floating model inputs whose gradient would be partial on each rank.
         outputs: Paths of returned values whose gradient is partial on each rank.
+        split_outputs: ``(path, move)`` of returned values that are split: gathered, or left as they are (identity).
     """
 
     calls: Mapping[Site, CallEdit] = field(default_factory=dict)
@@ -85,3 +87,4 @@ class ForwardEdits:
     lifted: frozenset[str] = frozenset()
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    split_outputs: tuple[tuple[str, Move], ...] = ()

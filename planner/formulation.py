@@ -39,6 +39,15 @@ GATHER_PENALTY_PS = 1 << 38
 legal."""
 RETURNED = Move("identity", "lift")
 """What happens to a returned value whose gradient is partial."""
+
+
+def returned_part(stored: Shard, whole: bool) -> Move:
+    """What happens to a returned value that is split: it is gathered, or given out as it is."""
+    if whole:
+        return Move("all_gather", "slice", stored.dim, stored.layout)
+    return Move("identity", "identity", stored.dim, stored.layout)
+
+
 MAX_OPERANDS = 5
 """Most distinct operands of an operator that is tabulated in full."""
 
@@ -56,6 +65,7 @@ class Formulation:
         slices: Per operator, the splits its readers may cut.
         weights: Weights of products and embeddings, by canonical node.
         penalised: Variables of weights that pay for staying replicated.
+        whole_outputs: What the model returns is whole on every rank.
         problem: What the solver gets.
     """
 
@@ -68,6 +78,7 @@ class Formulation:
     weights: dict[int, Weight]
     penalised: set[int]
     flags: dict[str, int]
+    whole_outputs: bool = True
     reasons: dict[int, str] = field(default_factory=dict)
     problem: Problem = field(default_factory=lambda: Problem((), ()))
 
@@ -111,6 +122,7 @@ class _Builder:
         self.unary: dict[object, Table] = {}
         self.factors: list[Factor] = []
         self.out = Formulation(graph, pricing, [-1] * len(graph.nodes), [], [], [], self.weights, set(), {})
+        self.out.whole_outputs = options.outputs == "whole"
         self.settings = Settings(graph, options, pricing.ranks, self.found, self.same, self.weights, GATHER_PENALTY_PS)
         self.shared_sites = _shared_sites(graph)
 
@@ -267,7 +279,7 @@ class _Builder:
         settings, all_slices = self.out.settings, self.out.slices
         domains = [self.out.domain(i) for i in operands]
         ids = tuple(map(self._id, domains))
-        copied = self.tables.get((node.template, ids)) if self._is_alike(node) else None
+        copied = self.tables.get((node.template, node.differentiable, ids)) if self._is_alike(node) else None
         if copied is None:
             setting = self.settings.of(node, operands)
             slices: list[list[Shard]] = [[] for _ in operands]
@@ -276,7 +288,7 @@ class _Builder:
             if setting.fixed is not None:
                 slices = fixed_slices(setting)
             copied = setting, slices, self._tabulated(node, operands, domains, ids, setting, slices)
-            self.tables[(node.template, ids)] = copied
+            self.tables[(node.template, node.differentiable, ids)] = copied
         setting, slices, made = copied
         table = made.table
         variable = self._new(made.domain)
@@ -319,13 +331,25 @@ class _Builder:
         return self.domain_ids.setdefault(domain, len(self.domain_ids))
 
     def _outputs(self) -> None:
-        """What the model returns is whole; where its gradient is partial, what the caller adds counts on one rank."""
+        """What the model returns is whole, or split if that was asked for; where its gradient is partial, what the
+        caller adds counts on one rank."""
         for index in dict.fromkeys(self.graph.outputs):
             variable = self.out.variable[index]
-            lift = self.pricing.weighed(self.pricing.move(RETURNED, self.graph.nodes[index].nbytes))
+            nbytes = self.graph.nodes[index].nbytes
+            lift = self.pricing.weighed(self.pricing.move(RETURNED, nbytes))
             price: dict[Stored, int] = {WHOLE: 0, PARTIAL_GRAD: lift}
+            for stored in self.out.domains[variable]:
+                if isinstance(stored, Shard) and self._may_leave_split(index, stored):
+                    step = returned_part(stored, self.out.whole_outputs)
+                    price[stored] = self.pricing.weighed(self.pricing.move(step, nbytes))
             table = [price.get(s, INFEASIBLE) for s in self.out.domains[variable]]
             self.factors.append(Factor((variable,), np.array(table, dtype=np.int64)))
+
+    def _may_leave_split(self, index: int, stored: Shard) -> bool:
+        """Whether the model may return a value split: where that was asked for, or where a loss reads it so too."""
+        if stored.layout.elastic:
+            return False
+        return not self.out.whole_outputs or bool(self.settings.users[index])
 
     def _hidden_states(self) -> None:
         """Between blocks the hidden state is not split but along the sequence: that is pure time's to choose."""

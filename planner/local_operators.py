@@ -13,7 +13,7 @@ from typing import Any
 
 from .call_record import Measured
 from .edits import CallEdit, OperatorEdit
-from .graph import Call, Node, Ref
+from .graph import Call, Node, Ref, numel
 from .placement import Placement, Shard
 from .rules.base import wrapped
 
@@ -46,14 +46,14 @@ def local_form(
         placed: Placement of each operand as the operator reads it.
         made: Placement of the result.
     """
-    if not any(isinstance(p, Shard) for p in placed.values() if not isinstance(p, tuple)) and not isinstance(
-        made, tuple
-    ):
+    if not isinstance(made, (tuple, Shard)) and not any(isinstance(p, Shard) for p in placed.values()):
         return None
     first = placed[node.operands[0]] if node.operands else None
     match node.op:
         case "embedding" if isinstance(first, Shard) and first.dim == 0:
             return _replaced(call, OperatorEdit("vocab_embedding", 0, first.layout))
+        case "cross_entropy_loss" if isinstance(first, Shard):
+            return _replaced(call, OperatorEdit("vocab_cross_entropy", first.dim, first.layout))
         case "mean" if isinstance(first, Shard) and not isinstance(made, Shard):
             return _replaced(call, OperatorEdit("mean_of_shard", first.dim, first.layout))
         case "sum" if isinstance(first, Shard) and not isinstance(made, Shard) and not first.layout.is_partition:
@@ -75,6 +75,20 @@ def local_form(
 
 def _replaced(call: Call | None, edit: OperatorEdit) -> CallEdit | str:
     return CallEdit(operator=edit) if call is not None else "its call cannot be edited"
+
+
+def own_reductions(node: Node, edit: CallEdit | None, nodes: Sequence[Node]) -> tuple[int, ...]:
+    """Bytes of the all_reduces that a local operator makes in its forward pass; its backward makes none.
+
+    The cross entropy of split classes reduces every row's largest logit, then its sum and its label's logit (with
+    label smoothing also the sum of all logits), half precision in float32.
+    """
+    if edit is None or edit.operator is None or edit.operator.name != "vocab_cross_entropy":
+        return ()
+    logits, labels = (nodes[i] for i in node.operands[:2])
+    row = numel(labels.shape) * max(4, logits.dtype.itemsize)
+    smoothed = float(_at(node, 5, node.keywords.get("label_smoothing", 0.0))) > 0
+    return (row, (3 if smoothed else 2) * row)
 
 
 def _sized(node: Node, call: Call | None, made: Shard) -> CallEdit | str | None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .edits import CallEdit, ForwardEdits, ParameterEdit
-from .formulation import Formulation
+from .formulation import Formulation, returned_part
 from .graph import Node, numel
 from .head_groups import held_keys, repeat_edits
-from .local_operators import leaves_of, local_form, measured_sizes, merged
+from .local_operators import leaves_of, local_form, measured_sizes, merged, own_reductions
 from .moves import COMMUNICATES
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
 from .pricing import Cost
@@ -68,6 +68,7 @@ class Lowered:
         collectives: Of one step, forward then backward.
         stored: Stored placement per node.
         choices: What was chosen per operator node.
+        own: Bytes of the all_reduces that operators' local forms make themselves.
         cost: Sum over operators and collectives.
     """
 
@@ -76,6 +77,7 @@ class Lowered:
     collectives: list[Collective] = field(default_factory=list)
     stored: list[Stored] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
+    own: dict[int, tuple[int, ...]] = field(default_factory=dict)
     compute: Cost = Cost()
     communication: Cost = Cost()
 
@@ -109,13 +111,19 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
         out.communication += choice.communication
     leaves = {node.fqn: node for node in graph.nodes if node.op == "parameter"}
     out.parameters = [_parameter(leaves[name], out.stored[leaves[name].index]) for name in graph.parameters]
-    returned = zip(graph.output_paths, graph.outputs, strict=True)
+    returned = list(zip(graph.output_paths, graph.outputs, strict=True))
     out.edits = ForwardEdits(
         calls=_merged_calls(formulation, edits),
         partial=frozenset(name for name in graph.parameters if out.stored[leaves[name].index] == PARTIAL_GRAD),
         lifted=frozenset(graph.nodes[index].fqn for index in lifted),
         inputs=tuple(node.fqn for node in graph.nodes if node.op == "input" and node.differentiable),
         outputs=tuple(path for path, index in returned if out.stored[index] == PARTIAL_GRAD),
+        split_outputs=tuple(
+            (path, returned_part(stored, formulation.whole_outputs))
+            for path, index in returned
+            for stored in [out.stored[index]]
+            if isinstance(stored, Shard)
+        ),
     )
     out.collectives = _collectives(formulation, out, workload)
     return out
@@ -147,6 +155,9 @@ def _edit(formulation: Formulation, out: Lowered, node: Node, choice: Choice) ->
     parts = [CallEdit(arguments=tuple(arguments), result=choice.move)] if arguments or choice.move else []
     if form is not None:
         parts.append(form)
+        reductions = own_reductions(node, form, graph.nodes)
+        if reductions:
+            out.own[node.index] = reductions
     if call is not None:
         read = measured_sizes(node, call, choice.made, lambda index: out.stored[index])
         parts += [read] if read is not None else []
@@ -225,6 +236,10 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
 
     for index, choice in out.choices.items():
         node = graph.nodes[index]
+        for nbytes in out.own.get(index, ()):
+            ps = pricing.collective("all_reduce", nbytes)
+            at, why = (node.module, block_of(node.module)), f"{node.op} of split classes"
+            forward.append(Collective("all_reduce", nbytes, "forward", workload, *at, why, "loss", "", ps))
         if choice.move is None:
             continue
         step = choice.move
@@ -252,6 +267,12 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
                     ps,
                 )
             )
+    for path, step in out.edits.split_outputs:
+        node = graph.nodes[graph.outputs[graph.output_paths.index(path)]]
+        if step.forward == "all_gather":
+            ps = pricing.collective("all_gather", node.nbytes)
+            at, why = (node.module, block_of(node.module)), "the model's output"
+            forward.append(Collective("all_gather", node.nbytes, "forward", workload, *at, why, "head", "", ps))
     return forward + list(reversed(backward)) + _parameter_gradients(formulation, out, workload, block_of)
 
 

@@ -142,6 +142,7 @@ def _schedule(field: str, entry: ScheduleEntry, sources: Sources, ranks: int) ->
             frozenset(name for name, read in reads.items() if read.lifted),
             tuple(entry.partial_inputs),
             tuple(entry.partial_outputs),
+            tuple((p, _move_of(f"{field}.split_outputs.{p}", m, ranks)) for p, m in entry.split_outputs.items()),
         ),
         collectives=tuple(Collective(*row) for row in rows),
         cost=PlannedCost(**entry.cost.model_dump()),

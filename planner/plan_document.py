@@ -198,6 +198,7 @@ class ScheduleEntry(_Fields):
     reads: dict[str, ReadEntry] = {}
     partial_inputs: list[str] = []
     partial_outputs: list[str] = []
+    split_outputs: dict[str, MoveEntry] = {}
     collectives: Collectives = []
     calls: dict[str, list[CallEntry]] = {}
 

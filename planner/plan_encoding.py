@@ -62,6 +62,7 @@ def _schedule(schedule: Schedule, parameters: list[str], sources: Sources, ranks
             reads=fold_paths({name: read for name, read in flags.items() if read}),
             partial_inputs=list(edits.inputs),
             partial_outputs=list(edits.outputs),
+            split_outputs={path: _move(move, ranks) for path, move in edits.split_outputs},
         ),
         "collectives": _folded(
             [tuple(getattr(c, name) for name in COLLECTIVE_FIELDS) for c in schedule.collectives], COLLECTIVE_FIELDS

@@ -41,6 +41,7 @@ def plan(
     context: int = 0,
     sequence_parallel: bool | Literal["auto"] = False,
     replicate: Literal["never", "auto"] = "never",
+    outputs: Literal["whole", "sharded"] = "whole",
     memory_gb: float | None = None,
     pin: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -59,6 +60,8 @@ def plan(
         sequence_parallel: Split the sequence between matmuls: True wherever it can be, ``auto`` where it is faster. A
             forward whose length does not divide runs a schedule with all_reduces instead.
         replicate: ``never`` splits every weight that can be split; ``auto`` minimises time alone.
+        outputs: ``whole``, or ``sharded``: returned values may stay split where gathering them would cost (logits, for a
+            parallel cross entropy); the plan's schedules say which do.
         memory_gb: Cap per rank, 1 GB = 1e9 bytes; None: the hardware's.
         pin: fnmatch pattern of a parameter or module path -> ``column``, ``row``, ``vocab`` or ``replicated``.
 
@@ -68,13 +71,19 @@ def plan(
         Infeasible: No plan satisfies the constraints; `MemoryCapError` names the smallest tp that fits;
             `LayoutError` the weight that cannot be placed as it is pinned.
     """
-    _check(tp, phase, sequence_parallel, replicate, pin)
+    _check(tp, phase, sequence_parallel, replicate, outputs, pin)
     refuse_unsuitable(model)
     refuse_pins_of_nothing(pin or {}, (name for name, _ in model.named_parameters(remove_duplicate=False)))
     profile = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
     asked = _asked(example_inputs, phase, workloads, context)
     traced = [(workload, trace(model, inputs)) for workload, inputs in asked]
-    options = Options(replicate=replicate, pin=dict(pin or {}), sequence_parallel=sequence_parallel, editable=can_edit)
+    options = Options(
+        replicate=replicate,
+        pin=dict(pin or {}),
+        sequence_parallel=sequence_parallel,
+        outputs=outputs,
+        editable=can_edit,
+    )
     try:
         made = plan_graphs(traced, type(model).__name__, tp, profile, options, memory_gb)
     except MemoryCapError as error:
@@ -172,6 +181,7 @@ def plan_of(
         options={
             "replicate": options.replicate,
             "sequence_parallel": options.sequence_parallel,
+            "outputs": options.outputs,
             "pin": dict(options.pin),
             "memory_gb": memory_gb,
         },
@@ -265,7 +275,9 @@ def _smallest_tp(
     return None
 
 
-def _check(tp: int, phase: str, sequence_parallel: object, replicate: str, pin: Mapping[str, str] | None) -> None:
+def _check(
+    tp: int, phase: str, sequence_parallel: object, replicate: str, outputs: str, pin: Mapping[str, str] | None
+) -> None:
     if not isinstance(tp, int) or isinstance(tp, bool) or not 1 <= tp <= LARGEST_TP:
         raise UsageError(
             "tp",
@@ -280,6 +292,8 @@ def _check(tp: int, phase: str, sequence_parallel: object, replicate: str, pin: 
         raise UsageError("sequence_parallel", "unknown policy", got=sequence_parallel, need="False, True or auto")
     if replicate not in ("never", "auto"):
         raise UsageError("replicate", "unknown policy", got=replicate, need="never or auto")
+    if outputs not in ("whole", "sharded"):
+        raise UsageError("outputs", "unknown policy", got=outputs, need="whole or sharded")
     for pattern, word in (pin or {}).items():
         if word not in ("column", "row", "vocab", "replicated"):
             raise UsageError(f"pin {pattern}", "unknown placement", got=word, need="column, row, vocab or replicated")

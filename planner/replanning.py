@@ -47,6 +47,7 @@ def replan(model: nn.Module, example_inputs: Inputs | None, edited: Plan, hardwa
     options = Options(
         replicate=edited.options["replicate"],
         sequence_parallel=edited.options["sequence_parallel"],
+        outputs=edited.options["outputs"],
         pin=edited.options["pin"],
     )
     return plan_of(solved, schedules, edited.name, profile, options, edited.options["memory_gb"])
@@ -72,6 +73,7 @@ def recheck(graph: Graph, edited: Plan, hardware: Hardware, schedule: Schedule |
     options = Options(
         replicate=edited.options["replicate"],
         sequence_parallel=False if schedule.stands_in else edited.options["sequence_parallel"],
+        outputs=edited.options["outputs"],
         fixed_parameters=parameters,
         fixed_edits=schedule.edits,
     )

@@ -29,6 +29,7 @@ class Options:
         pin: fnmatch pattern of a parameter or module path -> placement word.
         sequence_parallel: Split the sequence between matmuls wherever it can be (True), where it is faster
             (``auto``), or not.
+        outputs: ``whole``, or ``sharded``: what the model returns may stay split.
         memory_cap: Bytes per rank for what the memory factors count.
         editable: Reason why a call site cannot be edited; None if it can.
         frozen: Sites (module, frames) that must not be edited.
@@ -39,6 +40,7 @@ class Options:
     replicate: str = "never"
     pin: Mapping[str, str] = field(default_factory=dict)
     sequence_parallel: bool | Literal["auto"] = False
+    outputs: Literal["whole", "sharded"] = "whole"
     memory_cap: int | None = None
     editable: Callable[[tuple[Frame, ...]], str | None] = lambda frames: None
     frozen: frozenset[object] = frozenset()

@@ -24,7 +24,7 @@ import numpy as np
 from .factor_graph import INFEASIBLE, Table
 from .graph import LEAVES, VIEWS, Graph, Node
 from .head_groups import held_keys, serves
-from .local_operators import local_form
+from .local_operators import local_form, own_reductions
 from .moves import Move, move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replicate, Shard
 from .pricing import Cost, Pricing
@@ -149,11 +149,10 @@ def choices(
         if setting.fixed is not None and tuple(c.move for c in combination) != setting.fixed[0]:
             continue
         base = apply_rule(graph, node, placed)
-        if (
-            base is None
-            or not keeps_tokens(node, placed, base)
-            or isinstance(local_form(node, call, placed, base), str)
-        ):
+        if base is None or not keeps_tokens(node, placed, base):
+            continue
+        form = local_form(node, call, placed, base)
+        if isinstance(form, str):
             continue
         if _sums_padding(graph, node, placed, base):
             continue
@@ -161,6 +160,8 @@ def choices(
         for i, conversion in zip(operands, combination, strict=True):
             if conversion.move is not None:
                 changes += pricing.move(conversion.move, nodes[i].nbytes, free=nodes[i].op == "parameter")
+        for nbytes in own_reductions(node, form, nodes):
+            changes += Cost(pricing.collective("all_reduce", nbytes))
         single = None if isinstance(base, tuple) else base
         compute = pricing.compute(node, by_index, {i: p for i, p in placed.items() if not isinstance(p, tuple)}, single)
         values = [nodes[i] for i in operands]
@@ -237,7 +238,8 @@ def _with_gradients(
         return
     if all(gradient != "partial" for gradient in wholes) and not tuples:
         yield base
-    if all(gradient != "whole" for gradient in wholes) and not tuples:
+    cut = any(isinstance(c.effective, Shard) and v.differentiable for c, v in zip(combination, operands, strict=True))
+    if all(gradient != "whole" for gradient in wholes) and not tuples and not cut:
         yield tuple(PARTIAL_GRAD for _ in base) if isinstance(base, tuple) else PARTIAL_GRAD
 
 

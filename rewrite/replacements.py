@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .clones import Replacement
 from .collectives import apply_move
 from .groups import TpGroup
 from .schedules import Running
-from .vocab import mean_of_shard, vocab_parallel_embedding
+from .vocab import mean_of_shard, vocab_parallel_cross_entropy, vocab_parallel_embedding
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class EditedCall:
         match operator.name:
             case "vocab_embedding":
                 return _vocab_embedding(operator, self.group, *args, **kwargs)
+            case "vocab_cross_entropy":
+                return _vocab_cross_entropy(operator, self.group, *args, **kwargs)
             case "mean_of_shard":
                 return _mean_of_shard(operator, self.group, *args, **kwargs)
             case "rank_random":
@@ -147,6 +149,30 @@ def _vocab_embedding(
     if markers.are_on():
         return markers.marked_operator([ids, weight], operator, (*ids.shape, weight.shape[1]), weight.dtype)
     return vocab_parallel_embedding(ids, weight, operator.layout, group, padding_idx)
+
+
+def _vocab_cross_entropy(
+    operator: OperatorEdit,
+    group: TpGroup,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``F.cross_entropy`` on split classes."""
+    if weight is not None or size_average is not None or reduce is not None:
+        raise ValidationError("cross_entropy", "class weights and the old reduction arguments are not available")
+    assert operator.layout is not None
+    if markers.are_on():
+        shape = labels.shape if reduction == "none" else ()
+        return markers.marked_operator([logits, labels], operator, shape, logits.dtype)
+    return vocab_parallel_cross_entropy(
+        logits, labels, operator.layout, group, ignore_index, reduction, label_smoothing
+    )
 
 
 def _mean_of_shard(

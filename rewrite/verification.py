@@ -36,9 +36,11 @@ from .comparison import (
     gradient_errors,
 )
 from .counting import fixed_loss, recorded_collectives
+from .groups import group_of
 from .parallel import parallelize, spec_of
 from .random_inputs import call, random_inputs
 from .ranks import Backend, run_ranks
+from .split_outputs import gathered
 from .storage import as_dense
 
 STEPS = 2
@@ -71,7 +73,7 @@ def verify(
     dense = randomize(_runnable(build_model()).double()).eval()
     inputs = random_inputs(dense, example_inputs, torch.float64)
     in_float32 = _computes_in_float32(dense, inputs)
-    reference = {name: _steps(copy.deepcopy(dense), inputs, name, _whole) for name in OPTIMISERS}
+    reference = {name: _steps(copy.deepcopy(dense), inputs, name, _whole, _as_it_is) for name in OPTIMISERS}
     results = run_ranks(_on_rank, p.tp, ranks, (dense, inputs, p))
     executed, notes = _executed(build_model, example_inputs, p, ranks, results[0])
     report = _report(
@@ -101,8 +103,9 @@ class Steps:
         return Steps(collectives=self.collectives, fingerprints=self.fingerprints)
 
 
-def _steps(model: nn.Module, inputs: Inputs, optimiser: str, full: Full) -> Steps:
-    """Train ``model`` for ``STEPS`` steps; ``full`` turns a parameter's value or gradient into the dense tensor."""
+def _steps(model: nn.Module, inputs: Inputs, optimiser: str, full: Full, whole: Full) -> Steps:
+    """Train ``model`` for ``STEPS`` steps; ``full`` turns a parameter's value or gradient into the dense tensor,
+    ``whole`` an output."""
     made = Steps()
     step = OPTIMISERS[optimiser]([p for p in model.parameters() if p.requires_grad])
     for i in range(STEPS):
@@ -115,7 +118,7 @@ def _steps(model: nn.Module, inputs: Inputs, optimiser: str, full: Full) -> Step
         made.losses.append(float(loss.detach()))
         made.loss_scales.append(_loss_scale(outputs, loss, inputs))
         if i == 0:
-            made.outputs = {path: value.detach().clone() for path, value in named_tensors(outputs)}
+            made.outputs = {path: whole(path, value.detach()).clone() for path, value in named_tensors(outputs)}
             made.collectives = sorted((c.kind, c.nbytes, c.direction) for c in recorder.found)
             made.gradients = {n: None if p.grad is None else full(n, p.grad) for n, p in model.named_parameters()}
             made.fingerprints |= {f"output {path}": _fingerprint(value) for path, value in made.outputs.items()}
@@ -140,7 +143,13 @@ def _on_rank(dense: nn.Module, inputs: Inputs, p: Plan) -> dict[str, Steps]:
         dense_tensor: Tensor = as_dense(value, specs[fqn]).full_tensor()  # type: ignore[arg-type]
         return dense_tensor.detach().clone()  # a replicated parameter's is the parameter itself
 
-    made = {name: _steps(parallelize(copy.deepcopy(dense), p), inputs, name, full) for name in OPTIMISERS}
+    split, group = dict(p.schedules[0].edits.split_outputs), group_of(None)
+
+    def whole(path: str, value: Tensor) -> Tensor:
+        left = path in split and split[path].is_free
+        return gathered(value, split[path], group) if left else value
+
+    made = {name: _steps(parallelize(copy.deepcopy(dense), p), inputs, name, full, whole) for name in OPTIMISERS}
     return made if dist.get_rank() == 0 else {name: steps.without_tensors() for name, steps in made.items()}
 
 
@@ -302,6 +311,10 @@ def _loss_scale(outputs: Any, loss: Tensor, inputs: Inputs) -> float:
 
 def _whole(fqn: str, value: Tensor) -> Tensor:
     return value.detach().clone()
+
+
+def _as_it_is(path: str, value: Tensor) -> Tensor:
+    return value
 
 
 def _local(value: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import indexing, pointwise, products, reductions, shapes
+from . import indexing, losses, pointwise, products, reductions, shapes
 from .base import RULES, Operation, Result
 
-__all__ = ["RULES", "Operation", "Result", "indexing", "pointwise", "products", "reductions", "shapes"]
+__all__ = ["RULES", "Operation", "Result", "indexing", "losses", "pointwise", "products", "reductions", "shapes"]

@@ -1,0 +1,50 @@
+"""Returned values that are split inside the model: gathered on the way out, or, where that was asked for, not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from colrow.planner.edits import ForwardEdits
+from colrow.planner.moves import Move
+
+from .collectives import apply_move
+from .groups import TpGroup
+from .schedules import Running
+
+
+class GatherOutputs:
+    """Post-hook of the model: its caller sees whole values."""
+
+    def __init__(self, edits: Sequence[ForwardEdits], group: TpGroup, running: Running) -> None:
+        self.moves = [[(p.split("."), m) for p, m in one.split_outputs if not m.is_free] for one in edits]
+        self.group, self.running = group, running
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The values at the planned paths gathered, in the containers they are returned in."""
+        del module, args
+        for path, move in self.moves[self.running.index]:
+            output = changed_at(output, path, lambda value, move=move: apply_move(value, move, self.group))
+        return output
+
+
+def changed_at(tree: Any, path: Sequence[str], change: Callable[[Tensor], Tensor]) -> Any:
+    """``tree`` with the tensor at ``path`` changed, mappings in place; what is not there is left."""
+    if not path or path == [""]:
+        return change(tree) if isinstance(tree, Tensor) else tree
+    key, rest = path[0], path[1:]
+    if isinstance(tree, MutableMapping):
+        if key in tree:
+            tree[key] = changed_at(tree[key], rest, change)
+    elif isinstance(tree, (tuple, list)) and key.isdigit() and int(key) < len(tree):
+        items = [changed_at(item, rest, change) if i == int(key) else item for i, item in enumerate(tree)]
+        return items if isinstance(tree, list) else tuple(items)
+    return tree
+
+
+def gathered(value: Tensor, move: Move, group: TpGroup) -> Tensor:
+    """The whole of a value that a model left split, by its ``split_outputs`` move. Not differentiable."""
+    whole = Move("all_gather", "slice", move.dim, move.layout)
+    return apply_move(value.detach(), whole, group)
