@@ -182,8 +182,16 @@ class Link(Strict):
 
 
 class InterNode(Strict):
-    """The network between nodes, for groups larger than ``ranks_per_node`` (always a structural prediction)."""
+    """The network between nodes, for groups larger than ``ranks_per_node`` (always a structural prediction).
 
+    Attributes:
+        network: What kind it is; "" where not said.
+        latency_s: Of one hop.
+        bytes_per_s_per_rank: One rank's share of its node's interfaces, one direction.
+        source: Where both come from.
+    """
+
+    network: Literal["", "infiniband", "roce", "efa", "tcp"] = ""
     latency_s: Latency
     bytes_per_s_per_rank: BytesPerSecond
     source: Text
