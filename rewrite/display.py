@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -16,7 +17,8 @@ from colrow.cost_models.hardware import load_hardware
 from colrow.planner.layout import Layout
 from colrow.planner.lowering import Collective
 from colrow.planner.path_ranges import Repeat, fold_paths, fold_rows
-from colrow.planner.plan_model import Plan, PlannedParameter
+from colrow.planner.plan_model import Plan, PlannedCost, PlannedParameter, Schedule
+from colrow.planner.workloads import Length
 
 from .comparison import Report
 from .gate import Check
@@ -31,7 +33,9 @@ def render(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_heading(plan)]
     for block in distinct_blocks(plan):
         parts += ["", *_block(plan, block)]
-    parts += ["", _title("Collectives of one step"), _totals(plan.collectives)]
+    for schedule in plan.planned:
+        of = f" of {schedule.workload.name}" if len(plan.planned) > 1 else ""
+        parts += ["", _title(f"Collectives of one step{of}"), _totals(_shown(plan, schedule.collectives))]
     parts += ["", _title("Memory per rank"), _memory(plan)]
     parts += ["", _title("Not split"), *_unsplit(plan)]
     if plan.findings:
@@ -44,19 +48,11 @@ def _title(text: str) -> Text:
 
 
 def _heading(plan: Plan) -> Text:
-    cost = plan.cost
-    share = f" ({cost.comm_s / cost.total_s:.0%})" if cost.total_s else ""
+    whole = "predicted step" if len(plan.planned) == 1 else "weighted sum of the predicted steps"
     lines = [
         f"{plan.name} on {plan.tp} ranks of {plan.hardware}",
-        *(
-            f"  {w.name}: "
-            + ", ".join(f"{path} {dtype} {list(shape)}" for path, dtype, shape in w.inputs)
-            + "".join(f", {path}={value}" for path, value in w.values)
-            + (f", {w.context} tokens in the cache" if w.context else "")
-            for w in plan.workloads
-        ),
-        f"  predicted step: {seconds(cost.total_s)} = {seconds(cost.compute_s)} compute + {seconds(cost.comm_s)}"
-        f" communication{share}",
+        *(line for n, schedule in enumerate(plan.schedules) for line in _workload(plan, n, schedule)),
+        f"  {whole}: {_cost(plan.cost)}",
         f"  {_proof(plan)}",
         f"  {plan.sharded_fraction:.2%} of the matmul, embedding and expert bytes are split",
         f"  digest {plan.digest[:16]}",
@@ -64,6 +60,37 @@ def _heading(plan: Plan) -> Text:
     text = Text("\n".join(lines))
     text.stylize("bold", 0, len(lines[0]))
     return text
+
+
+def _workload(plan: Plan, n: int, schedule: Schedule) -> Iterator[str]:
+    """Its inputs; of several workloads, its weight and cost; whether the sequence is split, and what stands in when."""
+    if schedule.stands_in:
+        return
+    w = schedule.workload
+    inputs = [f"{path} {dtype} {list(shape)}" for path, dtype, shape in w.inputs]
+    inputs += [f"{path}={value}" for path, value in w.values]
+    inputs += [f"{w.context} tokens in the cache"] if w.context else []
+    yield f"  {w.name}: {', '.join(inputs)}"
+    if len(plan.planned) > 1:
+        yield f"    weight {w.weight:g}, predicted step: {_cost(schedule.cost)}"
+    indent = "    " if len(plan.planned) > 1 else "  "
+    if schedule.lengths:
+        stands_in = seconds(plan.schedules[n + 1].cost.total_s)
+        where = " and ".join(_asked(length, plan.tp) for length in schedule.lengths)
+        yield f"{indent}sequence split where {where}; elsewhere whole: {stands_in} a step"
+    elif plan.options.get("sequence_parallel"):
+        yield f"{indent}sequence not split"
+
+
+def _asked(length: Length, ranks: int) -> str:
+    """What a schedule asks of an input, as Python would say it."""
+    size = f"{length.input}.shape[{length.dim}]"
+    return f"{size} % {ranks} == 0" if length.exactly is None else f"{size} == {length.exactly}"
+
+
+def _cost(cost: PlannedCost) -> str:
+    share = f" ({cost.comm_s / cost.total_s:.0%})" if cost.total_s else ""
+    return f"{seconds(cost.total_s)} = {seconds(cost.compute_s)} compute + {seconds(cost.comm_s)} communication{share}"
 
 
 def _proof(plan: Plan) -> str:
@@ -89,6 +116,12 @@ def _block(plan: Plan, block: DistinctBlock) -> Iterator[RenderableType]:
             blocks = "blocks" if traffic.count > 1 else "block"
             yield Text(f"  {blocks} {traffic.over}:", style="italic")
         yield _collectives(plan, traffic, "(itself)" if block.over else "(model)")
+
+
+def _shown(plan: Plan, collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+    """Without the backward passes that a plan for several workloads, training among them, never makes."""
+    trains = {w.name for w in plan.workloads if w.phase == "train"}
+    return tuple(c for c in collectives if not trains or c.direction == "forward" or c.workload in trains)
 
 
 def _weights(plan: Plan, block: DistinctBlock) -> Table:
@@ -130,12 +163,13 @@ def _layout_notes(layout: Layout) -> Iterator[str]:
 
 def _collectives(plan: Plan, traffic: Traffic, whole: str) -> Table:
     table = empty_table("collective", "bytes", "time", "after", "forced by", numeric=(1, 2))
-    trained = any(w.phase == "train" for w in plan.workloads)
-    for direction in DIRECTIONS:
-        rows = [c for c in traffic.collectives if c.direction == direction]
-        if not rows:
-            continue
-        table.add_row(Text(direction if direction == "forward" or trained else "backward, if trained", style="dim"))
+    several = len(plan.planned) > 1
+    for workload, direction in itertools.product(plan.workloads, DIRECTIONS):
+        of = f"{workload.name}, " if several else ""
+        passes = direction if direction == "forward" or workload.phase == "train" else "backward, if trained"
+        rows = [c for c in _shown(plan, traffic.collectives) if (c.workload, c.direction) == (workload.name, direction)]
+        if rows:
+            table.add_row(Text(f"{of}{passes}", style="dim"))
         for c in rows:
             category = "" if c.category == "block" else f"  [{c.category.replace('_', ' ')}]"
             made = (nbytes(c.nbytes), seconds(c.ps * 1e-12), c.site or whole)

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from colrow.planner.lowering import Collective
-from colrow.planner.plan_model import Plan, PlannedParameter
+from colrow.planner.plan_model import Plan, PlannedParameter, Schedule
 
 from .gate import Check
 
@@ -22,9 +22,16 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "tp": plan.tp,
         "hardware": plan.hardware,
         "workloads": [
-            {"name": w.name, "phase": w.phase, "inputs": {path: list(shape) for path, _, shape in w.inputs}}
+            {
+                "name": w.name,
+                "phase": w.phase,
+                "inputs": {path: list(shape) for path, _, shape in w.inputs},
+                "context": w.context,
+                "weight": w.weight,
+            }
             for w in plan.workloads
         ],
+        "schedules": [_schedule(schedule) for schedule in plan.schedules],
         "options": dict(plan.options),
         "cost": asdict(plan.cost),
         "memory_bytes": dict(plan.memory_bytes),
@@ -49,6 +56,17 @@ def checks_json(plan: Plan, checks: list[Check]) -> dict[str, Any]:
         "name": plan.name,
         "tp": plan.tp,
         "digest": plan.digest,
+    }
+
+
+def _schedule(schedule: Schedule) -> dict[str, Any]:
+    """``collectives`` of those that do not stand in are the plan's, one after another."""
+    return {
+        "workload": schedule.workload.name,
+        "lengths": [asdict(length) for length in schedule.lengths],
+        "stands_in": schedule.stands_in,
+        "cost": asdict(schedule.cost),
+        "collectives": [_collective(c) for c in schedule.collectives],
     }
 
 

@@ -149,7 +149,18 @@ def test_json_is_the_whole_of_stdout(colrow, cwd):
     assert printed["layers"] == dict(plan.layers)
     assert printed["digest"] == plan.digest
     assert len(printed["collectives"]) == len(plan.collectives) > 0
+    assert printed["schedules"][0]["collectives"] == printed["collectives"]
     assert json.loads(colrow("show", "plan.json", "--json").stdout) == printed
+
+
+def test_json_has_what_stands_in_and_when(colrow, saved):
+    plan = small_plan()
+    split, whole = json.loads(colrow("show", saved, "--json").stdout)["schedules"]
+    assert [s["workload"] for s in (split, whole)] == ["train", "train"]
+    assert split["lengths"] == [{"input": "ids", "dim": 1, "exactly": None}, {"input": "x", "dim": 2, "exactly": 8}]
+    assert whole["stands_in"] and not whole["lengths"] and not split["stands_in"]
+    assert [s["cost"]["total_s"] for s in (split, whole)] == [s.cost.total_s for s in plan.schedules]
+    assert [s["collectives"][0]["kind"] for s in (split, whole)] == ["reduce_scatter", "all_reduce"]
 
 
 def test_options_reach_the_planner(colrow, cwd, monkeypatch):

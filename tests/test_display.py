@@ -6,6 +6,7 @@ import io
 from dataclasses import replace
 
 import pytest
+from changed_plans import with_schedule
 from rich.console import Console
 from small_plans import all_reduce, small_plan
 
@@ -13,8 +14,9 @@ from colrow.rewrite import display, units
 
 GOLDEN = """\
 Small on 2 ranks of h100-sxm
-  train: ids int64 [2, 16], scale=0.5
-  predicted step: 12.0 us = 4.10 us compute + 7.90 us communication (66%)
+  train: ids int64 [2, 16], x float32 [2, 5, 8], scale=0.5
+  sequence split where ids.shape[1] % 2 == 0 and x.shape[2] == 8; elsewhere whole: 16.0 us a step
+  predicted step: 14.0 us = 4.10 us compute + 9.90 us communication (71%)
   proven optimal: no plan in the stated space takes less predicted time
   93.22% of the matmul, embedding and expert bytes are split
   digest DIGEST
@@ -27,9 +29,10 @@ Outside the blocks
   router.weight   replicated  4 x 8   4 x 8
   lm_head.weight  vocab       32 x 8  16 x 8    is embed.weight
 
-  collective      bytes     time  after    forced by
+  collective          bytes     time  after    forced by
   forward
-    all_gather  4.10 kB  2.00 us  lm_head  the model's output  [head]
+    reduce_scatter  1.02 kB  2.00 us  embed    layer_norm in layers.0.norm  [embedding]
+    all_gather      4.10 kB  2.00 us  lm_head  the model's output  [head]
 
 layers.{0-2}  (3 equal blocks)
   parameter        placement   shape   per rank
@@ -55,13 +58,14 @@ layers.{0-2}  (3 equal blocks)
     all_reduce     32 B   500 ns  (itself)  partial gradients of replicated parameters  [parameter gradient]
 
 Collectives of one step
-  category            collective  direction  count    bytes     time
-  block               all_reduce  forward        3  3.07 kB  6.00 us
-  head                all_gather  forward        1  4.10 kB  2.00 us
-  block               all_reduce  backward       3  3.07 kB  6.00 us
-  parameter gradient  all_reduce  backward       3     96 B  1.50 us
-  all                             forward        4  7.17 kB  8.00 us
-  all                             backward       6  3.17 kB  7.50 us
+  category            collective      direction  count    bytes     time
+  embedding           reduce_scatter  forward        1  1.02 kB  2.00 us
+  block               all_reduce      forward        3  3.07 kB  6.00 us
+  head                all_gather      forward        1  4.10 kB  2.00 us
+  block               all_reduce      backward       3  3.07 kB  6.00 us
+  parameter gradient  all_reduce      backward       3     96 B  1.50 us
+  all                                 forward        5  8.19 kB  10.0 us
+  all                                 backward       6  3.17 kB  7.50 us
 
 Memory per rank
   kind         bytes
@@ -112,12 +116,12 @@ def test_brackets_are_text_not_markup():
 def test_an_open_proof_shows_its_gap():
     plan = small_plan()
     text = shown(replace(plan, cost=replace(plan.cost, proven=False, lower_bound_s=10e-6)))
-    assert "NOT proven optimal: the lower bound is 10.0 us, a gap of 20.00%" in text
+    assert "NOT proven optimal: the lower bound is 10.0 us, a gap of 40.00%" in text
 
 
 def test_a_backward_pass_that_nobody_asked_for_says_so():
     plan = small_plan()
-    prefill = replace(plan, workloads=(replace(plan.workloads[0], phase="prefill"),))
+    prefill = with_schedule(plan, workload=replace(plan.workloads[0], phase="prefill"))
     assert "backward, if trained" in shown(prefill)
     assert "backward, if trained" not in shown(plan)
 
@@ -136,12 +140,61 @@ def test_the_cap_asked_for_is_the_limit():
 
 def test_what_the_model_itself_makes_is_named():
     gradients = all_reduce("", "", "partial gradients of replicated parameters", direction="backward")
-    assert "(model)" in shown(small_plan(collectives=(gradients,)))
+    assert "(model)" in shown(with_schedule(small_plan(), collectives=(gradients,)))
 
 
 def test_a_statistic_is_marked():
     statistic = all_reduce("layers.0", "layers.0.norm", "add in layers.0.norm", category="statistic", nbytes=64)
-    assert "add in norm  [statistic]" in shown(small_plan(collectives=(statistic,)))
+    assert "add in norm  [statistic]" in shown(with_schedule(small_plan(), collectives=(statistic,)))
+
+
+def decoding(plan, phase="decode"):
+    """The plan with a second workload."""
+    first = plan.schedules[0]
+    workload = replace(first.workload, name=f"{phase}:short", phase=phase, context=64, weight=0.5)
+    collectives = tuple(replace(c, workload=workload.name, ps=3_000_000) for c in first.collectives)
+    cost = replace(first.cost, total_s=20e-6)
+    other = replace(first, workload=workload, collectives=collectives, cost=cost, lengths=())
+    return replace(plan, schedules=(*plan.schedules, other), cost=replace(plan.cost, total_s=38e-6))
+
+
+def test_each_workload_has_its_inputs_cost_and_collectives():
+    text = shown(decoding(small_plan()))
+    heading = [line for line in text.partition("\n\n")[0].splitlines() if "digest" not in line]
+    assert [line.partition("=")[0].rstrip() for line in heading[1:-1]] == [
+        "  train: ids int64 [2, 16], x float32 [2, 5, 8], scale",
+        "    weight 2, predicted step: 14.0 us",
+        "    sequence split where ids.shape[1] % 2",
+        "  decode:short: ids int64 [2, 16], x float32 [2, 5, 8], scale",
+        "    weight 0.5, predicted step: 20.0 us",
+        "    sequence not split",
+        "  weighted sum of the predicted steps: 38.0 us",
+        "  proven optimal: no plan in the stated space takes less predicted time",
+    ]
+    parts = {part.partition("\n")[0]: part for part in text.split("\n\n")}
+    totals = [parts[f"Collectives of one step of {name}"] for name in ("train", "decode:short")]
+    assert ["all", "forward", "5", "8.19", "kB", "10.0", "us"] in [line.split() for line in totals[0].splitlines()]
+    assert ["all", "forward", "5", "8.19", "kB", "15.0", "us"] in [line.split() for line in totals[1].splitlines()]
+    assert "  train, forward\n" in text and "  decode:short, forward\n" in text
+
+
+def test_with_training_only_its_backward_pass_is_shown():
+    text = shown(decoding(small_plan()))
+    assert "train, backward\n" in text and "decode:short, backward" not in text
+    (totals,) = [part for part in text.split("\n\n") if part.startswith("Collectives of one step of decode:short")]
+    counted = [line.split()[:4] for line in totals.splitlines()]
+    assert ["block", "all_reduce", "forward", "3"] in counted
+    assert [line for line in counted if "backward" in line] == [["all", "backward", "0", "0"]]
+    train = small_plan()
+    prefill = replace(decoding(train), schedules=decoding(train).schedules[2:])
+    assert "backward, if trained\n" in shown(prefill)
+
+
+def test_a_sequence_that_was_asked_to_be_split_and_is_not():
+    plan = small_plan()
+    whole = replace(plan, schedules=(replace(plan.schedules[1], stands_in=False),))
+    assert "  sequence not split\n" in shown(whole)
+    assert "sequence" not in shown(replace(whole, options={**plan.options, "sequence_parallel": False}))
 
 
 @pytest.mark.parametrize(
