@@ -24,6 +24,7 @@ COST = PlannedCost(14e-6, 4.1e-6, 9.9e-6, 14e-6, True, 8e-6, 7.5e-6)
 WORKLOAD = Workload(
     "train", "train", (("ids", "int64", (2, 16)), ("x", "float32", (2, 5, 8))), (("scale", 0.5),), context=0, weight=2.0
 )
+KEPT = Move("identity", "identity", 1, SEQUENCE)
 FORWARD = nn.Linear.forward.__code__
 
 
@@ -90,6 +91,7 @@ def split_schedule(blocks: list[str]) -> Schedule:
             lifted=frozenset(f"{b}.attn.o.bias" for b in blocks),
             inputs=("x",),
             outputs=("logits", "hidden.0"),
+            split_outputs=(("logits", Move("all_gather", "slice", 2, even(32, TP))), ("hidden.1", KEPT)),
         ),
         collectives=(embedding, *forward, head, *backward, *gradients),
         cost=COST,

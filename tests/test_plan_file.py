@@ -154,6 +154,7 @@ def test_every_field_of_a_schedule_is_signed(change):
         {"lifted": frozenset()},
         {"inputs": ()},
         {"outputs": ()},
+        {"split_outputs": small_plan().schedules[0].edits.split_outputs[:1]},
     ],
     ids=lambda change: next(iter(change)),
 )
