@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterable
 from typing import Any, cast
@@ -10,6 +11,7 @@ import torch
 import torch.fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .block_copies import Template, append_copy, template_of
 from .block_markers import block_marker
@@ -78,8 +80,7 @@ class _Lifting:
                 kind, name = next(names)
                 self._placeholder(node, kind, name)
             elif node.op == "get_attr":
-                value = getattr(self.traced, node.target)
-                self.value[node] = self._leaf("constant", node.target, tuple(value.shape), value.dtype)
+                self.value[node] = self._constant(node.target, getattr(self.traced, node.target))
             elif node.op == "call_function":
                 self._operator(node)
             elif node.op == "output":
@@ -104,6 +105,13 @@ class _Lifting:
         if kind == "buffer" and not node.users:
             return
         self.value[node] = self._leaf(kind, name, tuple(val.shape), val.dtype)
+
+    def _constant(self, target: str, value: Tensor) -> Ref:
+        """A tensor that the code made of nothing traced; named by its content, which validation then compares too."""
+        name = target if isinstance(value, FakeTensor) or value.is_meta else f"constant {_content(value)}"
+        if name in self.leaf_index:
+            return Ref(self.leaf_index[name])
+        return self._leaf("constant", name, tuple(value.shape), value.dtype)
 
     def _leaf(self, kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ref:
         floating = dtype in _FLOATS
@@ -256,6 +264,12 @@ class _Lifting:
             made = self._leaf(outer.op, name, outer.shape, outer.dtype)
             self.graph.nodes[made.index].template = outer.template
         return self.leaf_index[name]
+
+
+def _content(value: Tensor) -> str:
+    described = f"{value.dtype} {tuple(value.shape)} ".encode()
+    content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(described + content).hexdigest()[:12]
 
 
 def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from colrow.cost_models.errors import TraceError
 from .call_record import CallRecorder
 from .folding import Folding
 from .graph import Graph
+from .known_values import KnownValues, unchecked_values, without_known
 from .lifting import graph_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
@@ -44,18 +45,30 @@ def trace(model: nn.Module, example_inputs: Inputs, *, fold: bool = True) -> Gra
     Raises:
         TraceError: torch cannot trace the model on these inputs.
     """
-    if fold:
+    try:
+        return _folded(model, example_inputs, fold)
+    except TraceError as refused:
         try:
-            return _traced(model, example_inputs, Folding(model))
-        except Exception as error:  # a block that reads what differs between its copies; the unfolded trace decides
-            reason = _first_line(error.__cause__ or error)
-        graph = _traced(model, example_inputs, Folding(model, enabled=False))
-        graph.assumptions["folding"] = f"off: {reason}"
-        return graph
-    return _traced(model, example_inputs, Folding(model, enabled=False))
+            graph = _folded(model, example_inputs, fold, known_values=True)
+        except TraceError:
+            raise refused from refused.__cause__
+    graph.assumptions["route"] = "make_fx with known values: holds for masks and inputs of these values"
+    return graph
 
 
-def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph:
+def _folded(model: nn.Module, example_inputs: Inputs, fold: bool, known_values: bool = False) -> Graph:
+    if not fold:
+        return _traced(model, example_inputs, Folding(model, enabled=False), known_values)
+    try:
+        return _traced(model, example_inputs, Folding(model), known_values)
+    except Exception as error:  # a block that reads what differs between its copies; the unfolded trace decides
+        reason = _first_line(error.__cause__ or error)
+    graph = _traced(model, example_inputs, Folding(model, enabled=False), known_values)
+    graph.assumptions["folding"] = f"off: {reason}"
+    return graph
+
+
+def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding, known_values: bool) -> Graph:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     ties = tied_names(model)
     with fake_mode:
@@ -65,10 +78,11 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph
             if not folding.covers(name)
         }
     inputs = pytree.tree_map_only(Tensor, _on_cpu, example_inputs)
+    inputs, known = without_known(inputs) if known_values else (inputs, {})
     paths: list[str] = []
 
     def run(state: dict[str, Tensor], inputs: Inputs) -> list[Tensor]:
-        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
+        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), {**inputs, **known})
         result = torch.func.functional_call(model, state, args, kwargs, tie_weights=False)
         leaves = [
             (path, leaf) for path, leaf in pytree.tree_flatten_with_path(_plain(result))[0] if isinstance(leaf, Tensor)
@@ -86,7 +100,10 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding) -> Graph
         stack.enter_context(folding.installed())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
-        stack.enter_context(recorder)
+        if known_values:
+            stack.enter_context(unchecked_values())
+            stack.enter_context(KnownValues())
+        stack.enter_context(recorder)  # asked first: it sees every call
         try:
             traced = make_fx(
                 run,

@@ -29,7 +29,7 @@ class Workload:
         name: Its name: the phase, or ``phase:label`` where a phase occurs more than once.
         phase: prefill, decode or train.
         inputs: ``(path, dtype name, shape)`` of every tensor input; positional ones are named by number.
-        values: Plain (non-tensor) keyword inputs.
+        values: Plain (non-tensor) keyword inputs, and what is kept of integer tensors (see `workload_of`).
         context: Tokens already in the cache.
         weight: Its share of the cost, where a plan is made for several.
     """
@@ -80,6 +80,7 @@ def workload_of(name: str, inputs: Inputs, context: int, weight: float = 1.0) ->
     for path, value in named.items():
         if isinstance(value, Tensor):
             tensors.append((str(path), str(value.dtype).removeprefix("torch."), tuple(value.shape)))
+            values += [(str(path), kept) for kept in _kept_values(value)]
         elif isinstance(value, (int, float, str, bool, type(None))):
             values.append((str(path), value))
         elif any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
@@ -92,12 +93,34 @@ def workload_of(name: str, inputs: Inputs, context: int, weight: float = 1.0) ->
     return Workload(name, phase_of(name), tuple(tensors), tuple(values), context, weight)
 
 
+_LONGEST = 4  # of the last dim of an input that describes others: time, height and width of an image
+
+
+def _kept_values(tensor: Tensor) -> list[Any]:
+    """What control flow may read of an input, at most one entry: an integer input that describes others (sizes of
+    images, lengths) as nested lists, a constant other than 0 as a number.
+    """
+    if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel() or tensor.device.type == "meta":
+        return []
+    first = tensor.flatten()[0].item()
+    if bool((tensor == first).all()):
+        return [first] if first else []
+    describes = tensor.dim() == 1 or (tensor.dim() == 2 and 1 < tensor.shape[-1] <= _LONGEST)
+    return [tensor.tolist()] if describes else []
+
+
 def example_of(workload: Workload) -> Inputs:
-    """Inputs of a workload's names, dtypes and shapes; integers are zero."""
+    """Inputs of a workload's names, dtypes and shapes; values that the plan does not keep are zero."""
     named: dict[str, Any] = {
         name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in workload.inputs
     }
-    named.update(workload.values)
+    for name, value in workload.values:
+        if name not in named:
+            named[name] = value
+        elif isinstance(value, list):
+            named[name] = torch.tensor(value, dtype=named[name].dtype)
+        else:
+            named[name].fill_(value)
     if named and all(name.isdigit() for name in named):
         return tuple(named[str(i)] for i in range(len(named)))
     return named
