@@ -51,7 +51,9 @@ class Hardware(Strict):
         launch_overhead_s: Seconds each operator costs the device before its roofline, launched from a CUDA graph.
         eager_dispatch_s: Seconds the host takes to launch one operator from Python: no eager operator takes less. None
             where not known.
-        launch_source: Where both come from.
+        eager_collective_s: Seconds a collective takes longer when the host launches it than replayed from a CUDA graph
+            or back to back: its launch, and the wait for the slowest host. None where not known.
+        launch_source: Where these come from.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
@@ -72,6 +74,7 @@ class Hardware(Strict):
     memory: Memory
     launch_overhead_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)]
     eager_dispatch_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)] | None = None
+    eager_collective_s: Annotated[float, Field(ge=0, lt=0.1, allow_inf_nan=False)] | None = None
     launch_source: Text
 
     @property

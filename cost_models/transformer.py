@@ -94,6 +94,7 @@ class Step:
         dtype: Arithmetic's torch dtype name.
         tp: Ranks.
         implementation: Who runs the all_reduces (`profile.Implementation`).
+        eager: Whether the host launches each collective (``eager_collective_s``), rather than replaying a CUDA graph.
     """
 
     batch: int
@@ -103,6 +104,7 @@ class Step:
     dtype: str
     tp: int
     implementation: str = "library"
+    eager: bool = False
 
 
 def step_s(model: Transformer, step: Step, hardware: Hardware) -> StepSeconds:
@@ -121,16 +123,23 @@ def step_s(model: Transformer, step: Step, hardware: Hardware) -> StepSeconds:
     block += _feed_forward(model, tokens, step, hardware)
     block += _elementwise(tokens, model.hidden, step, hardware) * ELEMENTWISE_KERNELS
     nbytes = tokens * model.hidden * step.itemsize
-    reduce_s = hardware.collective_s("all_reduce", nbytes, step.tp, step.implementation if step.tp > 1 else "library")
-    block += StepSeconds(0.0, 0.0, 2 * reduce_s)
+    block += _collective("all_reduce", nbytes, step, hardware, step.implementation) * 2
     total = block * model.layers
     if model.vocab:
         rows = -(-model.vocab // step.tp) if model.head_split else model.vocab
         total += _matmul(step.batch, rows, model.hidden, step, hardware)
         if model.head_split and step.tp > 1:
             logits_bytes = step.batch * model.vocab * step.itemsize
-            total += StepSeconds(0.0, 0.0, hardware.collective_s("all_gather", logits_bytes, step.tp))
+            total += _collective("all_gather", logits_bytes, step, hardware, "library")
     return total
+
+
+def _collective(kind: str, nbytes: int, step: Step, hardware: Hardware, implementation: str) -> StepSeconds:
+    """One collective of the group, and the host's share where it launches it."""
+    if step.tp == 1:
+        return StepSeconds(0.0, 0.0, 0.0)
+    launched_s = (hardware.eager_collective_s or 0.0) if step.eager else 0.0
+    return StepSeconds(0.0, 0.0, hardware.collective_s(kind, nbytes, step.tp, implementation) + launched_s)
 
 
 def _matmul(m: int, n: int, k: int, step: Step, hardware: Hardware, batch: int = 1) -> StepSeconds:

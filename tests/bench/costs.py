@@ -165,11 +165,9 @@ def runs(verbose: bool) -> list[Ceiling]:
         right = sum(run.picks_best for run in mine)
         factors = f"{min(run.factor for run in mine):.2f} to {max(run.factor for run in mine):.2f}"
         table.add_row(group["name"], str(len(errors)), *percent(errors), f"{right} of {len(mine)}", factors)
-        if group["scored"]:
-            scored += errors
-            wrong += len(mine) - right
-        else:
-            table.add_row(f"  not scored: {group['why']}", "", "", "", "", "")
+        scored += errors
+        wrong += len(mine) - right
+    table.add_row("all", str(len(scored)), *percent(scored), f"{len(every) - wrong} of {len(every)}", "")
     out.print(table)
     for run in every if verbose else ():
         shown = ", ".join(

@@ -61,6 +61,8 @@ def _run(group: dict[str, Any], series: dict[str, Any], models: dict[str, Any]) 
 def _seconds(group: dict[str, Any], series: dict[str, Any], model: Transformer, tp: int) -> StepSeconds:
     """The prompt in one step, then a step per new token at the mean context."""
     hardware = load_hardware(group["hardware"])
+    if "eager_collective_s" in group:  # the runs' host is not the profile's
+        hardware = hardware.model_copy(update={"eager_collective_s": group["eager_collective_s"]})
     steps = series["output_len"]
     total = StepSeconds(0.0, 0.0, 0.0)
     if group["prefill_counted"]:
@@ -74,4 +76,5 @@ def _seconds(group: dict[str, Any], series: dict[str, Any], model: Transformer, 
 def _step(
     group: dict[str, Any], series: dict[str, Any], model: Transformer, hardware: Any, tp: int, query: int, context: int
 ) -> StepSeconds:
-    return step_s(model, Step(series["batch"], query, context, 2, "float16", tp, group["implementation"]), hardware)
+    step = Step(series["batch"], query, context, 2, "float16", tp, group["implementation"], group["eager"])
+    return step_s(model, step, hardware)
