@@ -16,7 +16,12 @@ from typing import Any
 
 import torch.fx.traceback
 import torch.nn as nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    set_proxy_slot,
+)
 from torch.overrides import TorchFunctionMode
 
 from . import folding
@@ -152,13 +157,37 @@ class CallRecorder(TorchFunctionMode):
         meta = torch.fx.traceback.current_meta
         before = meta.get("custom")
         meta["custom"] = {**(before or {}), TAG: len(self.calls) - 1}
+        tracer = _tracer()
+        given = [(t, get_proxy_slot(t, tracer, None)) for t in args if isinstance(t, torch.Tensor)] if tracer else []
         try:
-            return func(*args, **(kwargs or {}))
+            return _apart(func(*args, **(kwargs or {})), given, tracer)
         finally:
             if before is None:
                 del meta["custom"]
             else:
                 meta["custom"] = before
+
+
+def _apart(result: Any, given: list[tuple[torch.Tensor, Any]], tracer: Any) -> Any:
+    """``result``; a new tensor where it is an argument returned as it is (dropout in evaluation, a cast to the same
+    dtype): the trace would take later readers of that argument for readers of the result. What was changed in place
+    stays one tensor."""
+    for tensor, before in given:
+        now = get_proxy_slot(tensor, tracer, None) if tensor is result else None
+        if before is None or now is None or now is before or _changes(now.proxy.node.target):
+            continue
+        with disable_proxy_modes_tracing():
+            fresh = tensor.view_as(tensor)
+        set_proxy_slot(fresh, tracer, now)
+        set_proxy_slot(tensor, tracer, before)
+        return fresh
+    return result
+
+
+def _changes(operator: Any) -> bool:
+    """Whether an operator writes to an argument."""
+    schema = getattr(operator, "_schema", None)
+    return schema is None or schema.is_mutable
 
 
 def flat(tree: Any) -> Iterator[Any]:

@@ -134,20 +134,34 @@ def repeat_edits(
         made: Placement of the result.
     """
     _, dim, times = node.arguments
-    if not isinstance(made, Shard) or made.dim != dim or made.layout.local == keys.local * times:
+    if not isinstance(made, Shard):
         return None
-    repeats = made.layout.local // keys.local
-    sizes = [i for i, leaf in enumerate(inner.leaves) if isinstance(leaf, int) and not isinstance(leaf, bool)]
-    rank = len(node.shape) + 1
-    if len(sizes) < rank or inner.leaves[sizes[-rank + dim + 1]] != times:
+    joined = [*node.shape]
+    joined[made.dim] = made.layout.local
+    repeats = times if made.dim != dim else made.layout.local // keys.local
+    spread = [*joined[:dim], joined[dim] // repeats, repeats, *joined[dim + 1 :]]
+    before = [*joined[:dim], joined[dim] // repeats * times, *joined[dim + 1 :]]
+    sizes, lengths = _trailing_sizes(inner, len(spread)), _trailing_sizes(outer, len(joined))
+    if repeats != times and (not sizes or inner.leaves[sizes[dim + 1]] != times):
         return "its repeats are not written at its call"
-    expanded = CallEdit(integers=((sizes[-rank + dim + 1], times, repeats),))
-    lengths = [i for i, leaf in enumerate(outer.leaves) if isinstance(leaf, int) and not isinstance(leaf, bool)]
-    if len(lengths) < len(node.shape):
+    if repeats != times and not lengths and outer.function in ("reshape", "view"):
         return "its sizes are not written at its call"
-    leaf = lengths[-len(node.shape) + dim]
-    value = outer.leaves[leaf]
-    if value == -1:
-        return CallEdit(), expanded
-    before = keys.local * times if isinstance(value, Measured) else int(value)
-    return CallEdit(integers=((leaf, before, made.layout.local),)), expanded
+    edits = _size_edits(outer, lengths, joined, before), _size_edits(inner, sizes, spread, spread)
+    return None if edits == (CallEdit(), CallEdit()) else edits
+
+
+def _trailing_sizes(call: Call, rank: int) -> list[int]:
+    """Where the last ``rank`` integers of a call stand, if it has so many: its sizes."""
+    found = [i for i, leaf in enumerate(call.leaves) if isinstance(leaf, int) and not isinstance(leaf, bool)]
+    return found[-rank:] if len(found) >= rank else []
+
+
+def _size_edits(call: Call, leaves: list[int], wanted: list[int], measured: list[int]) -> CallEdit:
+    """Written sizes that are not what is ``wanted``; one that the code measured is what ``measured`` says."""
+    edits = []
+    for leaf, want, reads in zip(leaves, wanted, measured, strict=False):
+        value = call.leaves[leaf]
+        now = reads if isinstance(value, Measured) else int(value)
+        if now not in (-1, want):
+            edits.append((leaf, now, want))
+    return CallEdit(integers=tuple(edits))

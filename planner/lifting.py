@@ -28,9 +28,7 @@ _NOISE = frozenset(
 )
 _SAME = frozenset({"contiguous", "alias", "lift_fresh_copy", "lift_fresh", "lift", "detach_"})
 _SAME_IF_UNCHANGED = frozenset({"to", "_to_copy", "type_as", "contiguous_"})
-_NO_GRADIENT = frozenset(
-    {"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize", "round", "floor", "ceil", "sign"}
-)
+_NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize"})
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
@@ -88,6 +86,7 @@ class _Lifting:
                 self.graph.outputs = [cast(Ref, self.value[leaf]).index for leaf in returned]
         self._unread_parameters()
         fuse_repeats(self.graph)
+        _no_gradient_without_readers(self.graph)
         _record_blocks(self.graph, self.block_starts)
         return self.graph
 
@@ -264,6 +263,14 @@ class _Lifting:
             made = self._leaf(outer.op, name, outer.shape, outer.dtype)
             self.graph.nodes[made.index].template = outer.template
         return self.leaf_index[name]
+
+
+def _no_gradient_without_readers(graph: Graph) -> None:
+    """No gradient comes back into a value on which no returned value depends: nothing is summed for it."""
+    users, returned = graph.users(), set(graph.outputs)
+    for node in reversed(graph.nodes):
+        if node.differentiable and node.index not in returned:
+            node.differentiable = any(graph.nodes[reader].differentiable for reader in users[node.index])
 
 
 def _content(value: Tensor) -> str:

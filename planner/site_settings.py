@@ -135,7 +135,8 @@ class Settings:
         for index in operands:
             value = self.graph.nodes[index]
             if value.op == "parameter":
-                stored = PARTIAL_GRAD if value.fqn in fixed.partial else WHOLE
+                accepts = value.fqn in fixed.partial or not value.differentiable
+                stored = PARTIAL_GRAD if accepts else WHOLE
                 moves.append(move(stored, PARTIAL) if value.fqn in fixed.lifted else None)
             else:
                 leaves = leaves_of(call, index) if call is not None else []

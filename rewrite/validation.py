@@ -39,10 +39,12 @@ from colrow.planner.workloads import example_of
 from . import markers
 from .schedules import Running
 
-_SIZES = frozenset({"view", "reshape", "expand", "unflatten", "new_empty", "new_zeros", "new_ones", "new_full"})
+_SIZES = frozenset(
+    {"view", "reshape", "expand", "broadcast_to", "unflatten", "new_empty", "new_zeros", "new_ones", "new_full"}
+)
 
 
-def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) -> None:
+def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) -> tuple[frozenset[str], ...]:
     """Shows that ``edited`` is what ``plan`` makes of ``dense``.
 
     Args:
@@ -51,14 +53,18 @@ def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) 
         plan: The plan.
         running: What the edited bodies follow.
 
+    Returns:
+        By schedule, the paths of what the model returns.
+
     Raises:
         ValidationError: Names the first node that differs.
     """
+    returned = []
     for index, schedule in enumerate(plan.schedules):
         inputs = example_of(schedule.workload)
         planned = trace(dense, inputs)
         try:
-            solved = recheck(planned, plan, _profile(plan), schedule)
+            solved = recheck(planned, plan, profile_of(plan), schedule)
         except Infeasible as error:
             differing = [
                 f"{fact} {now} instead of {plan.assumptions[fact]}"
@@ -75,9 +81,11 @@ def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) 
         with markers.switched_on():
             local = trace(edited, inputs)
         _Comparison(solved.formulation, solved.lowered, local).run()
+        returned.append(frozenset(planned.output_paths))
+    return tuple(returned)
 
 
-def _profile(plan: Plan) -> Hardware:
+def profile_of(plan: Plan) -> Hardware:
     """The plan's hardware, or where that was a file of the user's, any: prices do not decide what is exact."""
     return load_hardware(plan.hardware if plan.hardware in hardware_names() else hardware_names()[0])
 
@@ -203,7 +211,7 @@ class _Comparison:
         operator = edit.operator if edit is not None else None
         if operator is None or operator.name == "rank_random":
             return None
-        return operator if node.op in ("embedding", "mean") else None
+        return operator if node.op in ("embedding", "mean", "cross_entropy_loss") else None
 
     def _same_arguments(self, node: Node, found: Node, operands: dict[int, int], placed: dict[int, Stored]) -> bool:
         split = {i: p for i, p in placed.items() if isinstance(p, Shard)}
