@@ -10,7 +10,7 @@ from .formulation import Formulation, returned_part
 from .graph import Node, numel
 from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged, own_reductions
-from .moves import COMMUNICATES
+from .moves import COMMUNICATES, Move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
 from .pricing import Cost
 from .roles import BlockOf, crossing, hidden_bytes
@@ -243,9 +243,7 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
         if choice.move is None:
             continue
         step = choice.move
-        nbytes = node.nbytes
-        if step.layout is not None:
-            nbytes = node.nbytes * step.layout.local * pricing.ranks // step.layout.size
+        nbytes = _moved_bytes(node, step)
         for kind, direction, into in ((step.forward, "forward", forward), (step.backward, "backward", backward)):
             if kind not in COMMUNICATES or (direction == "backward" and not node.differentiable):
                 continue
@@ -270,10 +268,17 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
     for path, step in out.edits.split_outputs:
         node = graph.nodes[graph.outputs[graph.output_paths.index(path)]]
         if step.forward == "all_gather":
-            ps = pricing.collective("all_gather", node.nbytes)
+            nbytes = _moved_bytes(node, step)
+            ps = pricing.collective("all_gather", nbytes)
             at, why = (node.module, block_of(node.module)), "the model's output"
-            forward.append(Collective("all_gather", node.nbytes, "forward", workload, *at, why, "head", "", ps))
+            forward.append(Collective("all_gather", nbytes, "forward", workload, *at, why, "head", "", ps))
     return forward + list(reversed(backward)) + _parameter_gradients(formulation, out, workload, block_of)
+
+
+def _moved_bytes(node: Node, step: Move) -> int:
+    """Of the whole buffer over all ranks, padding included."""
+    layout = step.layout
+    return node.nbytes if layout is None else node.nbytes * layout.local * layout.ranks // layout.size
 
 
 def _parameter_gradients(formulation: Formulation, out: Lowered, workload: str, block_of: BlockOf) -> list[Collective]:
