@@ -6,11 +6,13 @@ import pickle
 import subprocess
 import sys
 from importlib import resources
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
 from colrow.cost_models.errors import HardwareError
-from colrow.cost_models.hardware import hardware_names, load_hardware, parse_hardware
+from colrow.cost_models.hardware import Hardware, hardware_names, load_hardware, parse_hardware
 
 
 @pytest.fixture
@@ -109,6 +111,17 @@ def test_an_unknown_field_is_named(content) -> None:
         (("ranks_per_node",), 8.5),
         (("date",), "yesterday"),
         (("licence",), ""),
+        (("link", "bytes_per_s_per_rank"), 450.0),  # GB/s
+        (("link", "topology"), "nvlink"),
+        (("inter_node", "network"), "ethernet"),
+        (("eager_dispatch_s",), 20.6),  # microseconds
+        (("eager_collective_s",), -1e-6),
+        (("compute", "units"), 0),
+        (("compute", "matmul_start_s"), 0.64),  # microseconds
+        (("collectives", "all_reduce", "alternatives", 0, "name"), "nccl"),
+        (("collectives", "all_reduce", "alternatives", 0, "licence"), ""),
+        (("collectives", "all_reduce", "alternatives", 1, "groups", 0, "latency_s"), 20.6),
+        (("collectives", "all_reduce", "groups", 0, "left_out_median_rel_error"), -0.1),
     ],
 )
 def test_a_negative_value_or_another_unit_is_named(content, path, value) -> None:
@@ -125,6 +138,58 @@ def test_a_unit_in_the_field_name_is_named_on_both_sides(content) -> None:
     group["latency_us"] = group.pop("latency_s") * 1e6
     message = refusal(content)
     assert "groups.0.latency_s: Field required" in message and "groups.0.latency_us" in message
+
+
+@pytest.mark.parametrize("field", ["software", "source", "commit", "licence", "date", "groups"])
+def test_an_alternative_without_a_field_is_refused_by_its_name(content, field) -> None:
+    del content["collectives"]["all_reduce"]["alternatives"][0][field]
+    assert f"mine.json: collectives.all_reduce.alternatives.0.{field}: Field required" in refusal(content)
+
+
+def test_an_implementation_twice_is_refused(content) -> None:
+    alternatives = content["collectives"]["all_reduce"]["alternatives"]
+    alternatives[1]["name"] = alternatives[0]["name"]
+    assert "alternatives.name must be distinct" in refusal(content)
+
+
+def test_fields_added_since_version_1_may_be_missing(content) -> None:
+    for part, field in (
+        (content, "link"),
+        (content, "eager_dispatch_s"),
+        (content, "eager_collective_s"),
+        (content["compute"], "units"),
+        (content["compute"], "matmul_start_s"),
+        (content["inter_node"], "network"),
+        (content["collectives"]["all_reduce"], "alternatives"),
+        (content["collectives"]["all_reduce"]["groups"][0], "left_out_median_rel_error"),
+    ):
+        del part[field]
+    hardware = parse_hardware(json.dumps(content), where="mine.json")
+    assert hardware.implementations("all_reduce") == ["library"] and hardware.compute.units == 1
+
+
+UNITS = ("_s", "_bytes", "_s_per_byte", "_bytes_per_s", "_bytes_per_s_per_rank", "_flops_per_s", "_gb", "_rel_error")
+COUNTS = {"size", "nodes", "ranks_per_node", "units", "efficiency"}
+
+
+def test_every_number_in_a_profile_names_its_unit() -> None:
+    parts, seen = [Hardware], set()
+    numbers = []
+    for part in parts:
+        for name, field in part.model_fields.items():
+            for inner in _types(field.annotation):
+                if isinstance(inner, type) and issubclass(inner, BaseModel) and inner not in seen:
+                    seen.add(inner)
+                    parts.append(inner)
+                elif inner in (int, float):
+                    numbers.append(name)
+    assert {"latency_s", "from_bytes", "s_per_byte", "peak_flops_per_s", "memory_gb"} <= set(numbers)
+    assert [name for name in numbers if not f"_{name}".endswith(UNITS) and name not in COUNTS] == []
+
+
+def _types(annotation: object) -> list[object]:
+    inside = [inner for argument in get_args(annotation) for inner in _types(argument)]
+    return inside or [annotation]
 
 
 @pytest.mark.parametrize(
