@@ -4,7 +4,7 @@ plan says."""
 from __future__ import annotations
 
 import threading
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from colrow.cost_models.errors import PlanFileError, UsageError
 from colrow.planner.blocks import block_paths, outermost
 from colrow.planner.edits import CallEdit, ForwardEdits, ParameterEdit
-from colrow.planner.formulation import RETURNED
 from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan
 from colrow.planner.sites import Frame, Site
@@ -33,7 +32,9 @@ from .identity import identity
 from .ranks import agree
 from .regions import install_regions
 from .replacements import scheduled
+from .returned import ReturnedGradients
 from .schedules import ChooseSchedule, Running, Stop
+from .split_outputs import GatherOutputs
 from .storage import ParameterSpec, store
 from .undoing import all_or_nothing
 from .validation import meta_copy, validate, with_local_shapes
@@ -59,7 +60,7 @@ def parallelize(
     """
     axis, group = tp_mesh(mesh), group_of(mesh)
     _agree(plan, group)
-    together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
+    dense, returned = together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
     with all_or_nothing(model):
         running = Running(plan.schedules)
         together(lambda: edit_bodies(model, plan, group, running), group, "parallelize")
@@ -74,15 +75,17 @@ def parallelize(
         if any(one.inputs for one in edits):
             inputs = InputGradients([one.inputs for one in edits], group, running)
             model.register_forward_pre_hook(inputs, with_kwargs=True)
-        if any(one.outputs for one in edits):
-            model.register_forward_hook(OutputGradients([one.outputs for one in edits], group, running))
+        if any(not move.is_free for one in edits for _, move in one.split_outputs):
+            model.register_forward_hook(GatherOutputs(edits, group, running))
+        model.register_forward_hook(ReturnedGradients(dense, plan, returned, group, running), with_kwargs=True)
         if len(edits) > 1:
             model.register_forward_hook(Stop(running), always_call=True)
     _same_random_state(group)
     return model
 
 
-_validated: set[tuple[str, str]] = set()  # digests of plans, and identities of models
+_validated: dict[tuple[str, str], tuple[frozenset[str], ...]] = {}
+"""By the plan's digest and the model's identity: what each schedule's forward returns."""
 _validating = threading.Lock()
 
 
@@ -113,23 +116,29 @@ def _same_random_state(group: TpGroup) -> None:
         torch.cuda.set_rng_state(common(torch.cuda.get_rng_state()))
 
 
-def _check(model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None) -> None:
+def _check(
+    model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None
+) -> tuple[nn.Module, tuple[frozenset[str], ...]]:
     """Everything that can be refused, before anything is changed. A plan is validated once per process, for models
-    that are alike."""
+    that are alike.
+
+    Returns:
+        A copy on meta, and the paths of what each schedule's forward returns.
+    """
     refuse_unsuitable(model)
     check_same_model(model, plan)
     if checkpoint is not None:
         check_checkpoint(model, checkpoint)
     elif any(p.is_meta for p in model.parameters()):
         raise UsageError(type(model).__name__, "the weights are on meta", remedy="Pass checkpoint=DIRECTORY.")
-    key = (plan.digest, identity(model))
+    key, dense = (plan.digest, identity(model)), meta_copy(model)
     with _validating:
         if key not in _validated:
             edited = with_local_shapes(model, plan)
             running = Running(plan.schedules)
             edit_bodies(edited, plan, group, running)
-            validate(meta_copy(model), edited, plan, running)
-            _validated.add(key)
+            _validated[key] = validate(dense, edited, plan, running)
+        return dense, _validated[key]
 
 
 class InputGradients:
@@ -147,34 +156,6 @@ class InputGradients:
         names = self.names[self.running.index]
         moved = {key: apply_move(v, _COPY, self.group) if str(key) in names else v for key, v in named}
         return tuple(moved[i] for i in range(len(args))), {key: moved[key] for key in kwargs}
-
-
-class OutputGradients:
-    """Post-hook of the model: what the caller does with a returned value whose gradient is partial counts on one
-    rank."""
-
-    def __init__(self, paths: Sequence[tuple[str, ...]], group: TpGroup, running: Running) -> None:
-        self.paths, self.group, self.running = [[p.split(".") for p in of_one] for of_one in paths], group, running
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Lifts the gradient of such values, in the containers they are returned in."""
-        del module, args
-        for path in self.paths[self.running.index]:
-            output = self._changed(output, path)
-        return output
-
-    def _changed(self, tree: Any, path: list[str]) -> Any:
-        if not path:
-            wants = isinstance(tree, Tensor) and tree.requires_grad
-            return apply_move(tree, RETURNED, self.group) if wants else tree
-        key, rest = path[0], path[1:]
-        if isinstance(tree, MutableMapping):
-            if key in tree:
-                tree[key] = self._changed(tree[key], rest)
-        elif isinstance(tree, (tuple, list)) and key.isdigit() and int(key) < len(tree):
-            items = [self._changed(item, rest) if i == int(key) else item for i, item in enumerate(tree)]
-            return items if isinstance(tree, list) else tuple(items)
-        return tree
 
 
 _COPY = Move("identity", "all_reduce")
