@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Never
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from colrow.cost_models.errors import ColrowError, Infeasible, ValidationError
+from colrow.planner.edits import ForwardEdits
 from colrow.planner.formulation import RETURNED
 from colrow.planner.plan_model import Plan
 from colrow.planner.replanning import recheck
@@ -76,7 +78,7 @@ class ReturnedGradients:
         for path in (form or self.forms[index]).lifted:
             output = changed_at(output, path.split("."), self._lifted)
         for path in sorted(values.keys() - self.forms[index].known) if form is None else ():
-            output = changed_at(output, path.split("."), lambda value, path=path: _refusing(value, path))
+            output = changed_at(output, path.split("."), partial(_refusing, path))
         return output
 
     def _lifted(self, value: Tensor) -> Tensor:
@@ -131,12 +133,15 @@ def form_of(
             edits = recheck(graph, plan, profile_of(plan), schedule).lowered.edits
         except Infeasible as error:
             raise _uncovered(found - known, str(error)) from error
-        if any(
-            getattr(edits, name) != getattr(schedule.edits, name) for name in ("partial", "lifted", "split_outputs")
-        ):
+        if _beside_outputs(edits) != _beside_outputs(schedule.edits):
             raise _uncovered(found - known, "other values are partial or split then")
         return Returned(frozenset(graph.output_paths), edits.outputs)
     return None
+
+
+def _beside_outputs(edits: ForwardEdits) -> tuple[Any, ...]:
+    """What a forward does beside its calls that must not depend on what it returns."""
+    return edits.partial, edits.lifted, edits.split_outputs
 
 
 def _uncovered(paths: Iterable[str], why: str) -> ValidationError:
@@ -187,7 +192,7 @@ class _Refusing(torch.autograd.Function):
         raise _uncovered([ctx.path], "its gradient may be partial")
 
 
-def _refusing(value: Tensor, path: str) -> Tensor:
+def _refusing(path: str, value: Tensor) -> Tensor:
     if not value.requires_grad:
         return value
     refusing: Tensor = _Refusing.apply(value, path)  # type: ignore[no-untyped-call]
