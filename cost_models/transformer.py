@@ -1,10 +1,10 @@
 """Seconds of one forward step of a decoder or encoder under tensor parallelism, from its shape alone.
 
 For checking the models of this package against published runs, whose software is not this one's: no graph is read, only
-the arithmetic every implementation shares. A block has four matmuls (qkv, output, up with gate, down), an attention
-between them, four fused elementwise kernels (two norms with their residual, rotation and cache write, activation) and
-two all_reduces, the split of M. Shoeybi et al., "Megatron-LM", 2019, section 3; a head follows the last block. Each
-matmul is priced by `compute.matmul_s`, everything else by `compute.operator_s`.
+the arithmetic every implementation shares. A block has matmuls (qkv, output, up, gate where there is one, down), an
+attention between them, four fused elementwise kernels (two norms with their residual, rotation and cache write,
+activation) and two all_reduces, the split of M. Shoeybi et al., "Megatron-LM", 2019, section 3; a head follows the last
+block. Each matmul is priced by `compute.matmul_s`, everything else by `compute.operator_s`.
 
 What a plan costs is priced from its graph instead (``colrow.planner``).
 """
@@ -151,13 +151,12 @@ def _matmul(m: int, n: int, k: int, step: Step, hardware: Hardware, batch: int =
 
 
 def _feed_forward(model: Transformer, tokens: int, step: Step, hardware: Hardware) -> StepSeconds:
-    """Up, gate and down; with experts each in its own kernel over the experts that some token chose."""
+    """Up, gate and down, a kernel each, over the experts that some token chose."""
     width = -(-model.intermediate // step.tp)
     chosen = model.experts * (1 - (1 - model.experts_per_token / model.experts) ** tokens)
     used = max(1, round(chosen))
     rows = max(1, round(tokens * model.experts_per_token / used))
-    up_width = 2 * width if model.gated else width
-    up = _matmul(rows, up_width, model.hidden, step, hardware, used)
+    up = _matmul(rows, width, model.hidden, step, hardware, used) * (2 if model.gated else 1)
     return up + _matmul(rows, model.hidden, width, step, hardware, used)
 
 
