@@ -14,22 +14,21 @@ time outweighs, so it does so only if no legal split exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from colrow.cost_models.errors import Infeasible
 
 from .candidates import Candidates, candidates
-from .edits import ParameterEdit
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
 from .graph import Graph, Node, Ref
-from .moves import Move
+from .parameter_domains import ParameterDomains
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
-from .pricing import Pricing
-from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, label_of, outer_blocks, weights
+from .pricing import Cost, Pricing
+from .returned_values import output_price
+from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, outer_blocks, weights
 from .site_settings import Options, Settings
 from .strategies import Choices, Domain, Setting, Stored, fixed_slices, is_leaf, reads, slice_options, tabulate
 
@@ -37,17 +36,6 @@ REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38
 """Inside a block, gathering a split activation costs this much more (0.27 s): it is done only where nothing else is
 legal."""
-RETURNED = Move("identity", "lift")
-"""What happens to a returned value whose gradient is partial."""
-
-
-def returned_part(stored: Shard, whole: bool) -> Move:
-    """What happens to a returned value that is split: it is gathered, or given out as it is."""
-    if whole:
-        return Move("all_gather", "slice", stored.dim, stored.layout)
-    return Move("identity", "identity", stored.dim, stored.layout)
-
-
 MAX_OPERANDS = 5
 """Most distinct operands of an operator that is tabulated in full."""
 
@@ -111,7 +99,7 @@ class _Builder:
     """The state of one formulation; `run` is its only entry."""
 
     def __init__(self, graph: Graph, pricing: Pricing, options: Options, penalises: bool) -> None:
-        self.graph, self.pricing, self.options, self.penalises = graph, pricing, options, penalises
+        self.graph, self.pricing, self.options = graph, pricing, options
         self.same = canonical(graph)
         self.weights = weights(graph)
         self.found: Candidates = candidates(graph, pricing.ranks)
@@ -124,6 +112,7 @@ class _Builder:
         self.out = Formulation(graph, pricing, [-1] * len(graph.nodes), [], [], [], self.weights, set(), {})
         self.out.whole_outputs = options.outputs == "whole"
         self.settings = Settings(graph, options, pricing.ranks, self.found, self.same, self.weights, GATHER_PENALTY_PS)
+        self.parameters = ParameterDomains(graph, options, self.found, self.same, self.weights, penalises)
         self.shared_sites = _shared_sites(graph)
 
     def run(self, memory: Callable[[Node, Stored], int] | None) -> Formulation:
@@ -161,24 +150,10 @@ class _Builder:
         self.out.variable[node.index] = self._new(domain)
 
     def _parameter(self, node: Node) -> None:
-        weight = self.weights.get(self.same[node.index])
-        splits = [s for s in self.found.of(node) if s.layout.local < s.layout.size]
-        pinned = self._pinned(node, weight, splits)
-        wholes: list[Stored] = [WHOLE, *([PARTIAL_GRAD] if node.differentiable else [])]
-        penalty = 0
-        if self.options.fixed_parameters is not None:
-            domain: Domain = self._given(node, self.options.fixed_parameters[node.fqn])
-        elif pinned is not None:
-            domain = tuple(pinned)
-            self.out.reasons[node.index] = "pinned"
-        elif weight is not None and splits:
-            domain = (*splits, *wholes)
-            if self.penalises and self.options.replicate == "never" and not weight.may_stay_whole:
-                penalty = REPLICATION_PENALTY_PS
-        else:
-            domain = (*wholes, *splits)
-            if weight is not None:
-                self.out.reasons[node.index] = "no dim of it can be cut for this many ranks"
+        choice = self.parameters.of(node)
+        domain, penalty = choice.domain, REPLICATION_PENALTY_PS * choice.should_split
+        if choice.reason:
+            self.out.reasons[node.index] = choice.reason
         variable = self._new(domain)
         self.out.variable[node.index] = variable
         if penalty:
@@ -200,41 +175,6 @@ class _Builder:
                 self.unary[key] = table
             self.factors.append(Factor((variable, flag), self.unary[key]))
 
-    def _given(self, node: Node, edit: ParameterEdit) -> Domain:
-        """A given layout, with the gradient that given moves leave, or any."""
-        fixed = self.options.fixed_edits
-        if edit.dim is not None and edit.layout is not None:
-            return (Shard(edit.dim, edit.layout),)
-        if fixed is not None:
-            return (PARTIAL_GRAD if node.fqn in fixed.partial else WHOLE,)
-        return (WHOLE, PARTIAL_GRAD) if node.differentiable else (WHOLE,)
-
-    def _pinned(self, node: Node, weight: Weight | None, splits: Sequence[Shard]) -> list[Stored] | None:
-        names = [node.fqn, node.fqn.removesuffix(".weight"), node.fqn.rpartition(".")[0]]
-        for pattern, word in self.options.pin.items():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                continue
-            if word == "replicated":
-                return [WHOLE, *([PARTIAL_GRAD] if node.differentiable else [])]
-            if weight is None:
-                continue
-            fitting: list[Stored] = [s for s in splits if word in self._words(weight, node, s)]
-            if fitting:
-                return fitting
-        return None
-
-    def _words(self, weight: Weight, node: Node, shard: Shard) -> set[str]:
-        words = set()
-        for reader in weight.readers:
-            product = self.graph.nodes[reader]
-            direct = next(
-                (i for i in product.operands if self.same.get(i, i) == self.same.get(node.index, node.index)), None
-            )
-            words.add(
-                label_of(self.graph, product, direct, shard.dim) if direct is not None else ("column", "row")[shard.dim]
-            )
-        return words | ({"vocab"} if "column" in words else set())
-
     def _flag(self, block: str) -> int:
         if block not in self.out.flags:
             variable = self._new(())
@@ -252,8 +192,6 @@ class _Builder:
         return parameter_gradient_ps(self.pricing, nbytes, self._weighed_backward)
 
     def _weighed_backward(self, backward_ps: int) -> int:
-        from .pricing import Cost
-
         return self.pricing.weighed(Cost(0, backward_ps))
 
     def _wide_operator(self, node: Node) -> None:
@@ -335,21 +273,10 @@ class _Builder:
         caller adds counts on one rank."""
         for index in dict.fromkeys(self.graph.outputs):
             variable = self.out.variable[index]
-            nbytes = self.graph.nodes[index].nbytes
-            lift = self.pricing.weighed(self.pricing.move(RETURNED, nbytes))
-            price: dict[Stored, int] = {WHOLE: 0, PARTIAL_GRAD: lift}
-            for stored in self.out.domains[variable]:
-                if isinstance(stored, Shard) and self._may_leave_split(index, stored):
-                    step = returned_part(stored, self.out.whole_outputs)
-                    price[stored] = self.pricing.weighed(self.pricing.move(step, nbytes))
-            table = [price.get(s, INFEASIBLE) for s in self.out.domains[variable]]
+            users = bool(self.settings.users[index])
+            domain, node = self.out.domains[variable], self.graph.nodes[index]
+            table = [output_price(self.pricing, node, s, self.out.whole_outputs, users) for s in domain]
             self.factors.append(Factor((variable,), np.array(table, dtype=np.int64)))
-
-    def _may_leave_split(self, index: int, stored: Shard) -> bool:
-        """Whether the model may return a value split: where that was asked for, or where a loss reads it so too."""
-        if stored.layout.elastic:
-            return False
-        return not self.out.whole_outputs or bool(self.settings.users[index])
 
     def _hidden_states(self) -> None:
         """Between blocks the hidden state is not split but along the sequence: that is pure time's to choose."""

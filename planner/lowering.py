@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .edits import CallEdit, ForwardEdits, ParameterEdit
-from .formulation import Formulation, returned_part
+from .formulation import Formulation
 from .graph import Node, numel
 from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged, own_reductions
 from .moves import COMMUNICATES, Move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
 from .pricing import Cost
+from .returned_values import returned_part
 from .roles import BlockOf, crossing, hidden_bytes
 from .rules.pointwise import JOINT
 from .sites import Site

@@ -60,8 +60,8 @@ def plan(
         sequence_parallel: Split the sequence between matmuls: True wherever it can be, ``auto`` where it is faster. A
             forward whose length does not divide runs a schedule with all_reduces instead.
         replicate: ``never`` splits every weight that can be split; ``auto`` minimises time alone.
-        outputs: ``whole``, or ``sharded``: returned values may stay split where gathering them would cost (logits, for a
-            parallel cross entropy); the plan's schedules say which do.
+        outputs: ``whole``, or ``sharded``: returned values may stay split where gathering them would cost (logits, for
+            a parallel cross entropy); the plan's schedules say which do.
         memory_gb: Cap per rank, 1 GB = 1e9 bytes; None: the hardware's.
         pin: fnmatch pattern of a parameter or module path -> ``column``, ``row``, ``vocab`` or ``replicated``.
 

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from colrow.cost_models.errors import ColrowError, Infeasible, ValidationError
 from colrow.planner.edits import ForwardEdits
-from colrow.planner.formulation import RETURNED
 from colrow.planner.plan_model import Plan
 from colrow.planner.replanning import recheck
+from colrow.planner.returned_values import RETURNED
 from colrow.planner.trace import Inputs, trace
 from colrow.planner.workloads import example_of
 

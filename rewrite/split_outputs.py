@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class GatherOutputs:
         """The values at the planned paths gathered, in the containers they are returned in."""
         del module, args
         for path, move in self.moves[self.running.index]:
-            output = changed_at(output, path, lambda value, move=move: apply_move(value, move, self.group))
+            output = changed_at(output, path, partial(apply_move, move=move, group=self.group))
         return output
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from colrow.planner.formulation import GATHER_PENALTY_PS, RETURNED, Formulation, parameter_gradient_ps
+from colrow.planner.formulation import GATHER_PENALTY_PS, Formulation, parameter_gradient_ps
 from colrow.planner.graph import Node
 from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
+from colrow.planner.returned_values import RETURNED
 from colrow.planner.roles import BlockOf, crossing, hidden_bytes
 from colrow.planner.strategies import Stored, beside_time, choices, cuts, is_leaf, price_move, reads
 

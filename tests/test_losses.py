@@ -1,4 +1,4 @@
-"""The parallel cross entropy: planned where the loss is inside the forward, right in value and gradient, and counted."""
+"""The parallel cross entropy: planned where the loss is inside the forward, right in values and gradients, counted."""
 
 from __future__ import annotations
 
