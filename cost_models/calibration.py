@@ -45,7 +45,7 @@ class Measurements:
         collectives: Kind -> group size -> (bytes of the whole tensor, seconds), sizes ascending.
         matmuls: torch dtype name -> products.
         stream_bytes_per_s: Bytes read and written per second by large elementwise operators and matrix-vector products.
-        launch_s: Seconds an operator on a few elements costs the device.
+        launch_s: Seconds an operator on a few elements costs the device, views and modules around it included.
         eager_dispatch_s: Seconds it costs the host; None where host and device are the same.
         units: Processors that share a matmul (`profile.Compute`).
         memory_bytes: Memory of one rank.
@@ -129,7 +129,7 @@ def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
         },
         "launch_overhead_s": rounded(measured.launch_s),
         "eager_dispatch_s": None if measured.eager_dispatch_s is None else rounded(measured.eager_dispatch_s),
-        "launch_source": "Median of operators on a few elements.",
+        "launch_source": "An eager transformer block of a few elements, over its operators (views left out).",
         "collectives": {
             kind: {
                 "implementation": measured.implementation,

@@ -1,40 +1,41 @@
 """What ``colrow calibrate`` measures, on every rank at once: collectives as the runtime calls them, and compute.
 
-Collectives are the functional operators that rewritten models call (`collectives`), over gloo or NCCL. Machines do
-other things as well, and that only adds: a reading is the slower rank's, readings during which the system preempted a
-rank are left out where others remain, and a figure is the lower quartile of the rest and the least of the rounds.
-Compute on a CPU is timed in CPU seconds. Ranks agree on how often to repeat, so they never wait for each other; they
-compute at the same time, as in a step, because cores share caches and memory.
+Collectives are the functional operators that rewritten models call (`collectives`), over gloo or NCCL. Ranks agree on
+how often to repeat, so they never wait for each other; they compute at the same time, as in a step, because cores share
+caches and memory. Machines do other things as well: see `typical`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from colrow.cost_models.calibration import MatmulRow
 from colrow.cost_models.communication import COLLECTIVE_KINDS, CollectiveKind
 from colrow.cost_models.measured_curve import Row
 
-SMALLEST_BYTES, LARGEST_BYTES = 256, 64 * 2**20
+SMALLEST_BYTES, STEP_BYTES, LARGEST_BYTES = 256, 4096, 32 * 2**20
+"""The smallest message, the next one, and the last; twice as large each time. Between the first two a machine's noise
+would be larger than anything a byte could cost."""
 ROUNDS = 3
-LEAST_CALLS, MOST_CALLS = 3, 60
+LEAST_CALLS, MOST_CALLS = 4, 60
 COLLECTIVES_S, MATMULS_S = 35.0, 15.0  # all of it, in under two minutes with starting and fitting
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MATMUL_ROWS = (1, 16, 128, 512, 2048, 8192)
 MATMUL_WIDTHS = (256, 1024, 2048, 8192)
 LARGEST_WEIGHT_BYTES = 2**28
 LONGEST_MATMUL_S = 0.05
+WIDTH = 8  # of a block that takes no time but to call
 STREAM_BYTES = 64 * 2**20  # of one operand; no cache holds three of them
 _functional = torch.ops._c10d_functional
 
@@ -55,57 +56,105 @@ class RankMeasurements:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Seconds of one rank: from the same moment, or between two.
+
+    Attributes:
+        wall_s: Wall clock.
+        busy_s: On a processor, all threads; of a GPU, wall clock.
+        waited_s: Threads could have run and did not, because others had the processors (Linux; elsewhere 0).
+    """
+
+    wall_s: float
+    busy_s: float
+    waited_s: float
+
+    @staticmethod
+    def begin() -> Reading:
+        """Of this process; the clocks last, because the scheduler's account takes a while to read."""
+        waited_s = _waited_s()
+        return Reading(time.perf_counter(), time.process_time(), waited_s)
+
+    def end(self, calls: int = 1) -> Reading:
+        """What passed since this beginning, per call; the clocks first."""
+        wall_s, busy_s = time.perf_counter() - self.wall_s, time.process_time() - self.busy_s
+        waited_s = max(0.0, _waited_s() - self.waited_s)
+        return Reading(wall_s / calls, busy_s / calls, waited_s / calls)
+
+
+def _waited_s() -> float:
+    whole_ns = 0
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        with contextlib.suppress(OSError), open(path) as file:  # a thread may have ended
+            whole_ns += int(file.read().split()[1])
+    return whole_ns * 1e-9
+
+
+def typical(readings: Sequence[Reading], together: bool, group: dist.ProcessGroup | None = None) -> float:
+    """What a call takes on ranks that have their processors to themselves, of the slower rank.
+
+    Where ranks do not wait for each other, what it was busy. Where they do, wall clock less what all ranks together
+    waited for a processor; if two waited at once that is too much, so it is at least what either was busy, and of the
+    readings the quarter that waited least counts. The median of these.
+
+    Args:
+        readings: Taken by all ranks at the same time.
+        together: Ranks wait for each other in the call.
+        group: The ranks; they agree over gloo.
+    """
+    columns = ([r.wall_s for r in readings], [r.busy_s for r in readings], [r.waited_s for r in readings])
+    wall_s, busy_s, waited_s = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    dist.all_reduce(wall_s, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(busy_s, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(waited_s, group=group)
+    found_s = torch.maximum(wall_s - waited_s, busy_s.minimum(wall_s)) if together else busy_s
+    least = (waited_s / wall_s).argsort(stable=True)[: -(-len(readings) // 4)]
+    return float(found_s[least].median())
+
+
+@dataclass(frozen=True)
 class Clock:
     """Times calls on one device, and agrees on seconds with the other ranks.
 
     Attributes:
         device: Where tensors live.
         calls_at_a_time: Calls between two readings: GPUs queue work, and a reading waits for the queue.
-        read: Seconds now.
     """
 
     device: torch.device
     calls_at_a_time: int
-    read: Callable[[], float] = time.perf_counter
 
-    def now(self) -> float:
-        """Seconds, once all work on the device is done."""
+    def reading(self, call: Callable[[], object]) -> Reading:
+        """``calls_at_a_time`` calls."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return self.read()
-
-    def once(self, call: Callable[[], object], group: dist.ProcessGroup) -> float:
-        """One call after a first one to warm up, of the slower rank."""
-        call()
-        begin = self.now()
-        call()
-        return typical([self.now() - begin], [0], group)
-
-    def repeated(self, call: Callable[[], object], once_s: float, budget_s: float, group: dist.ProcessGroup) -> float:
-        """Seconds of a call, from as many readings as the budget allows; ranks agreed that one takes ``once_s``."""
-        readings = min(MOST_CALLS, max(LEAST_CALLS, int(budget_s / (once_s * self.calls_at_a_time))))
-        seconds, preempted = [], []
-        for _ in range(readings):
-            before, begin = preemptions(), self.now()
+            begin_s = time.perf_counter()
             for _ in range(self.calls_at_a_time):
                 call()
-            seconds.append((self.now() - begin) / self.calls_at_a_time)
-            preempted.append(preemptions() - before)
-        return typical(seconds, preempted, group)
+            torch.cuda.synchronize(self.device)
+            each_s = (time.perf_counter() - begin_s) / self.calls_at_a_time
+            return Reading(each_s, each_s, 0.0)
+        begin = Reading.begin()
+        for _ in range(self.calls_at_a_time):
+            call()
+        return begin.end(self.calls_at_a_time)
 
+    def once(self, call: Callable[[], object], group: dist.ProcessGroup, together: bool = False) -> float:
+        """One reading after a call to warm up."""
+        call()
+        return typical([self.reading(call)], together, group)
 
-def preemptions() -> int:
-    """How often the system took the processor from this process while it could have gone on."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-def typical(seconds: Sequence[float], preempted: Sequence[int], group: dist.ProcessGroup | None = None) -> float:
-    """Of readings that all ranks of a group took together (module docstring); agreed over gloo."""
-    slower, disturbed = torch.tensor([seconds, preempted], dtype=torch.float64)
-    dist.all_reduce(slower, dist.ReduceOp.MAX, group=group)
-    dist.all_reduce(disturbed, group=group)
-    kept = sorted(slower[disturbed == 0].tolist()) or [float(slower.min())]
-    return float(kept[(len(kept) - 1) // 4])
+    def repeated(
+        self,
+        call: Callable[[], object],
+        once_s: float,
+        budget_s: float,
+        group: dist.ProcessGroup,
+        together: bool = False,
+    ) -> float:
+        """As many readings as the budget allows; ranks agreed that a call takes ``once_s``."""
+        count = min(MOST_CALLS, max(LEAST_CALLS, int(budget_s / (once_s * self.calls_at_a_time))))
+        return typical([self.reading(call) for _ in range(count)], together, group)
 
 
 def group_sizes(ranks: int) -> list[int]:
@@ -119,11 +168,7 @@ def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
     Args:
         uses_cuda: Measure NCCL and this rank's GPU (already the current device), else gloo and the CPU.
     """
-    if uses_cuda:
-        clock = computing = Clock(torch.device("cuda", torch.cuda.current_device()), 10)
-    else:
-        clock = Clock(torch.device("cpu"), 1)
-        computing = Clock(torch.device("cpu"), 1, time.process_time)
+    clock = Clock(torch.device("cuda", torch.cuda.current_device()), 10) if uses_cuda else Clock(torch.device("cpu"), 1)
     world = dist.group.WORLD
     assert world is not None
     ranks = dist.get_world_size()
@@ -141,9 +186,9 @@ def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
                 collectives[kind][size] = _curve(kind, size, talking[size], agreeing[size], clock, budget_s)
             dist.barrier()  # who is not in a group waits for it
     _say("  matmuls, memory, launches")
-    matmuls = _matmuls(computing, world)
-    streams = _streams(computing, world)
-    launch_s, eager_dispatch_s = _launch(computing, world)
+    matmuls = _matmuls(clock, world)
+    streams = _streams(clock, world)
+    launch_s, eager_dispatch_s = _launch(clock, world)
     units = torch.cuda.get_device_properties(clock.device).multi_processor_count if uses_cuda else 1
     memory = torch.cuda.get_device_properties(clock.device).total_memory if uses_cuda else _host_bytes() // ranks
     found = RankMeasurements(
@@ -176,16 +221,17 @@ def _curve(
     budget_s: float,
 ) -> list[Row]:
     """Times of one kind by size, up to where one call takes the share of several."""
-    sizes = [SMALLEST_BYTES << n for n in range((LARGEST_BYTES // SMALLEST_BYTES).bit_length())]
+    sizes = [SMALLEST_BYTES, *(STEP_BYTES << n for n in range((LARGEST_BYTES // STEP_BYTES).bit_length()))]
     share_s = budget_s / len(sizes) / ROUNDS
     best: dict[int, float] = {}
     for _ in range(ROUNDS):
         for nbytes in sizes:
             call, whole = _call(kind, nbytes, size, talking.group_name, clock.device)
-            once_s = clock.once(call, agreeing)
-            seconds = clock.repeated(call, once_s, share_s, agreeing)
+            once_s = clock.once(call, agreeing, together=True)
+            slow = once_s > 2 * share_s  # the link is: once is enough, and larger messages say no more
+            seconds = once_s if slow else clock.repeated(call, once_s, share_s, agreeing, together=True)
             best[whole] = min(seconds, best.get(whole, seconds))
-            if seconds > 2 * share_s and len(best) >= 4:
+            if slow and len(best) >= 4:
                 sizes = [n for n in sizes if n <= nbytes]
                 break
     return sorted(best.items())
@@ -252,38 +298,45 @@ def _streams(clock: Clock, group: dist.ProcessGroup) -> list[float]:
     return [nbytes / clock.repeated(call, clock.once(call, group), 0.5, group) for nbytes, call in calls]
 
 
+class _Block(nn.Module):
+    """A pre-norm transformer block: what code between operators is like."""
+
+    OPERATORS = 14  # that a plan prices; views are free there, so their time is part of the others'
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.up, self.gate, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.activation = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, tokens, WIDTH] -> the same."""
+        y = self.attention_norm(x)
+        q, k, v = (part(y).view(1, -1, 2, WIDTH // 2).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, -1, WIDTH)
+        x = x + self.o(mixed)
+        y = self.norm(x)
+        return x + self.down(self.activation(self.gate(y)) * self.up(y))  # type: ignore[no-any-return]
+
+
 def _launch(clock: Clock, group: dist.ProcessGroup) -> tuple[float, float | None]:
-    """Median seconds of operators on four elements: on the device, and (where that is another) on the host."""
-    x, weight = torch.ones(4, device=clock.device), torch.ones(4, 4, device=clock.device)
-    calls: list[Callable[[], object]] = [
-        lambda: x + x,
-        lambda: F.linear(x, weight),
-        lambda: F.silu(x),
-        lambda: x.transpose(0, -1).contiguous(),
-        lambda: torch.softmax(x, -1),
-    ]
+    """Seconds an operator takes whatever its size, in a block of few elements: on the device, and on the host."""
+    block, x = _Block().to(clock.device), torch.ones(1, 4, WIDTH, device=clock.device)
 
-    def many(call: Callable[[], object]) -> Callable[[], None]:
-        def hundred() -> None:
-            for _ in range(100):
-                call()
+    def blocks() -> None:
+        for _ in range(20):
+            block(x)
 
-        return hundred
-
-    def of_one(hundred: Callable[[], None]) -> float:
-        return clock.repeated(hundred, 1e-3, 0.05, group) / 100
-
-    eager_s = median(of_one(many(call)) for call in calls)
-    if clock.device.type != "cuda":
-        return eager_s, None
-    replays = []
-    for call in calls:
-        many(call)()  # what is made on first use cannot be captured
+    with torch.no_grad():
+        once_s = clock.once(blocks, group)
+        eager_s = clock.repeated(blocks, once_s, 1.0, group) / 20 / _Block.OPERATORS
+        if clock.device.type != "cuda":
+            return eager_s, None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            many(call)()
-        replays.append(of_one(graph.replay))
-    return median(replays), eager_s
+            blocks()
+        return clock.repeated(graph.replay, once_s, 1.0, group) / 20 / _Block.OPERATORS, eager_s
 
 
 def _host_bytes() -> int:
