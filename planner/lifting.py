@@ -149,11 +149,18 @@ class _Lifting:
                 self.value[node] = args[0]
                 self._measure(args[0], self.measured.get(node, ()))
                 return
+        if name == "cat":
+            args = (self._without_empty_vectors(args[0]), *args[1:])
         if name == "type_as":  # of the second operand nothing is read but its dtype
             name, args = "to", args[:1]
         self._append(node, name, args, kwargs, node.target._overloadname)
         if name.endswith("_") and not name.endswith("__"):
             self._changed_in_place(node)
+
+    def _without_empty_vectors(self, operands: list[Any]) -> list[Any]:
+        """``cat`` takes an empty vector beside anything and adds nothing: what a cache holds before its first token."""
+        shapes = [self.graph.nodes[r.index].shape for r in operands]
+        return [r for r, shape in zip(operands, shapes, strict=True) if shape != (0,)] or operands
 
     def _written_slice(self, node: torch.fx.Node) -> bool:
         """``base[.., a:b, ..].copy_(source)`` as a value: from here on, ``base`` is what it has become."""

@@ -62,6 +62,19 @@ def test_on_three_ranks():
     assert compare_generation(builder(source), prompt(source, 3), p, TOKENS).ok(1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+def test_planned_for_decoding_with_a_cache_in_the_trace(name):
+    """One token, cached: the same reductions as without a cache, and the same tokens."""
+    source = source_of(name, "decode", dtype="fp32")
+    inputs = source.example_inputs | {"use_cache": True}
+    p = plan(source.model, inputs, tp=2, phase="decode", context=source.context)
+    without = plan(source.model, source.example_inputs, tp=2, phase="decode", context=source.context)
+    counts = [made.count("all_reduce", "forward", category="block") for made in (p, without)]
+    assert counts[0] == counts[1] == 2 * (1 if name == "gpt_neox" else 2)
+    assert p.sharded_fraction == without.sharded_fraction == 1.0
+    assert compare_generation(builder(source), prompt(source_of(name, "prefill")), p, TOKENS).ok(1e-5)
+
+
 def sample(build, inputs, p):
     model = parallelize(build(), p)
     torch.manual_seed(7)
