@@ -11,6 +11,7 @@ tensor shapes and non-tensor values, and no hook may look into the block; otherw
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,35 +189,36 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return shared
 
 
-_PLAIN = (int, float, str, bool, type(None), torch.dtype)
+_PLAIN = frozenset({int, float, str, bool, type(None), torch.dtype})
+_SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def _signature(block: nn.Module, position: int) -> Any:
     parts: list[Any] = []
     for name, module in block.named_modules():
-        parts.append((name, type(module)))
-        for key, value in sorted(module.__dict__.items()):
-            if key in ("_parameters", "_buffers", "_modules"):
-                continue
-            parts.append((name, key, _plain_value(value, position)))
-    parts += [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters()]
-    parts += [(n, tuple(b.shape), b.dtype) for n, b in block.named_buffers()]
+        values = [(key, _plain_value(value, position)) for key, value in module.__dict__.items() if key not in _SLOTS]
+        parts.append((name, type(module), frozenset(values)))
+        parts += [(key, p.shape, p.dtype, p.requires_grad) for key, p in module._parameters.items() if p is not None]
+        parts += [(key, b.shape, b.dtype) for key, b in module._buffers.items() if b is not None]
     return tuple(parts)
 
 
 def _plain_value(value: Any, position: int) -> Any:
-    if type(value) is int and value == position:
+    kind = type(value)
+    if kind is int and value == position:
         return "the block's position"
-    if isinstance(value, _PLAIN):
-        return (type(value).__name__, value)
+    if kind in _PLAIN:
+        return (kind, value)
+    if (kind is dict or kind is OrderedDict) and not value:
+        return kind
     if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *(_plain_value(v, -1) for v in value))
+        return (kind, *(_plain_value(v, -1) for v in value))
     if isinstance(value, (set, frozenset)):
-        return (type(value).__name__, *sorted(map(str, value)))
+        return (kind, *sorted(map(str, value)))
     if isinstance(value, dict):
-        return (type(value).__name__, *((str(k), _plain_value(v, -1)) for k, v in value.items()))
+        return (kind, *((str(k), _plain_value(v, -1)) for k, v in value.items()))
     if isinstance(value, partial):
-        return ("partial", id(value.func), _plain_value(value.args, -1), _plain_value(value.keywords, -1))
+        return (kind, id(value.func), _plain_value(value.args, -1), _plain_value(value.keywords, -1))
     return id(getattr(value, "__func__", value))
 
 

@@ -24,7 +24,7 @@ from colrow.cost_models.errors import Infeasible
 from .candidates import Candidates, candidates
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
 from .graph import Graph, Node, Ref
-from .parameter_domains import ParameterDomains
+from .parameter_domains import ParameterChoice, ParameterDomains
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from .pricing import Cost, Pricing
 from .returned_values import output_price
@@ -106,7 +106,9 @@ class _Builder:
         self.block_of = BlockOf(graph)
         self.memo: dict[object, Choices] = {}
         self.tables: dict[object, tuple[Setting, list[list[Shard]], Choices]] = {}
+        self.parameter_tables: dict[object, tuple[Table | None, Table | None]] = {}
         self.domain_ids: dict[Domain, int] = {}
+        self.object_ids: dict[int, int] = {}
         self.unary: dict[object, Table] = {}
         self.factors: list[Factor] = []
         self.out = Formulation(graph, pricing, [-1] * len(graph.nodes), [], [], [], self.weights, set(), {})
@@ -151,29 +153,30 @@ class _Builder:
 
     def _parameter(self, node: Node) -> None:
         choice = self.parameters.of(node)
-        domain, penalty = choice.domain, REPLICATION_PENALTY_PS * choice.should_split
         if choice.reason:
             self.out.reasons[node.index] = choice.reason
-        variable = self._new(domain)
+        variable = self._new(choice.domain)
         self.out.variable[node.index] = variable
-        if penalty:
+        if choice.should_split:
             self.out.penalised.add(variable)
-        partial = any(map(_is_summed, domain))
-        flag = self._flag(self.block_of(node.fqn)) if partial else -1
-        cost = self._beta(node.nbytes) if partial else 0
-        if penalty or cost:
-            price = ("parameter", penalty, cost, self._id(domain))
-            if price not in self.unary:
-                column = [penalty * isinstance(s, Replicate) + cost * _is_summed(s) for s in domain]
-                self.unary[price] = np.array(column, dtype=np.int64)
-            self.factors.append(Factor((variable,), self.unary[price]))
-        if partial:
-            key = ("flag", self._id(domain))
-            if key not in self.unary:
-                table = np.zeros((len(domain), 2), dtype=np.int64)
-                table[[i for i, s in enumerate(domain) if _is_summed(s)], 0] = INFEASIBLE
-                self.unary[key] = table
-            self.factors.append(Factor((variable, flag), self.unary[key]))
+        key = (choice.should_split, node.nbytes, self._id(choice.domain))
+        if key not in self.parameter_tables:
+            self.parameter_tables[key] = self._prices(choice, node.nbytes)
+        price, needs_flag = self.parameter_tables[key]
+        flag = self._flag(self.block_of(node.fqn)) if needs_flag is not None else -1
+        if price is not None:
+            self.factors.append(Factor((variable,), price))
+        if needs_flag is not None:
+            self.factors.append(Factor((variable, flag), needs_flag))
+
+    def _prices(self, choice: ParameterChoice, nbytes: int) -> tuple[Table | None, Table | None]:
+        """What a parameter's placements cost, and which of them need the flag of its block."""
+        summed = np.array([_is_summed(s) for s in choice.domain])
+        penalty = REPLICATION_PENALTY_PS * choice.should_split
+        whole = np.array([isinstance(s, Replicate) for s in choice.domain])
+        price = penalty * whole + (self._beta(nbytes) if summed.any() else 0) * summed
+        flag = np.where(summed[:, None] & np.array([True, False]), INFEASIBLE, 0)
+        return (price.astype(np.int64) if price.any() else None), (flag.astype(np.int64) if summed.any() else None)
 
     def _flag(self, block: str) -> int:
         if block not in self.out.flags:
@@ -266,7 +269,11 @@ class _Builder:
         return self.memo[key]
 
     def _id(self, domain: Domain) -> int:
-        return self.domain_ids.setdefault(domain, len(self.domain_ids))
+        """Equal domains have one; copies share their domain's object, which is quicker to look up than to compare."""
+        found = self.object_ids.get(id(domain))
+        if found is None:
+            found = self.object_ids[id(domain)] = self.domain_ids.setdefault(domain, len(self.domain_ids))
+        return found
 
     def _outputs(self) -> None:
         """What the model returns is whole, or split if that was asked for; where its gradient is partial, what the
@@ -315,7 +322,7 @@ class _Builder:
 
     def _memory(self, memory: Callable[[Node, Stored], int]) -> list[Factor]:
         factors = []
-        columns: dict[object, Table] = {}
+        columns: dict[object, Table | None] = {}
         for node in self.graph.nodes:
             if self.same.get(node.index, node.index) != node.index:
                 continue
@@ -323,9 +330,11 @@ class _Builder:
             domain = self.out.domains[variable]
             key = (node.template, self._id(domain))
             if key not in columns:
-                columns[key] = np.array([memory(node, s) for s in domain], dtype=np.int64)
-            if columns[key].any():
-                factors.append(Factor((variable,), columns[key]))
+                made = np.array([memory(node, s) for s in domain], dtype=np.int64)
+                columns[key] = made if made.any() else None
+            column = columns[key]
+            if column is not None:
+                factors.append(Factor((variable,), column))
         return factors
 
     def _groups(self) -> tuple[tuple[int, ...], ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 Interval = tuple[int, int]
 
@@ -70,6 +70,14 @@ class Layout:
 
     segments: tuple[Segment, ...]
     elastic: bool = False
+
+    def __hash__(self) -> int:
+        """Remembered: a layout is looked up far more often than it is made."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.segments, self.elastic))
 
     @property
     def size(self) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .call_record import Measured
 from .edits import CallEdit, ForwardEdits, ParameterEdit
 from .formulation import Formulation
-from .graph import Node, numel
+from .graph import Node, Ref, numel
 from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged, own_reductions
 from .moves import COMMUNICATES, Move
@@ -94,6 +95,7 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
     out.stored = [domains[v][assignment[v]] if domains[v] else PARTIAL_GRAD for v in variable]
     lifted: set[int] = set()
     made: dict[object, Choice] = {}
+    shared: dict[object, SharedEdit] = {}
     edits: dict[Site, list[tuple[int, CallEdit]]] = {}
     for node in graph.nodes:
         if is_leaf(node):
@@ -103,7 +105,7 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
         for index, conversion in zip(reads(node), choice.operands, strict=True):
             if conversion.move is not None and graph.nodes[index].op == "parameter":
                 lifted.add(index)
-        edit = _edit(formulation, out, node, choice)
+        edit = _shared_edit(formulation, out, node, choice, shared)
         if edit is not None and node.call >= 0:
             edits.setdefault(graph.calls[node.call].site, []).append((node.call, edit))
         if node.op == "repeat_heads":
@@ -134,11 +136,30 @@ def _choice(formulation: Formulation, node: Node, stored: list[Stored], made: di
     """The node's choice; copies of one operator with equal placements share it."""
     setting, result = formulation.settings[node.index], stored[node.index]
     operands = [stored[i] for i in reads(node)]
-    key = (node.template, tuple(operands), result, id(setting))
+    key = (node.template, *map(id, operands), id(result), id(setting))
     if key not in made:
         pricing, slices = formulation.pricing, formulation.slices[node.index]
         made[key] = best_choice(formulation.graph, node, operands, result, setting, pricing, slices)
     return made[key]
+
+
+SharedEdit = tuple[CallEdit | None, tuple[int, ...]]
+
+
+def _shared_edit(
+    formulation: Formulation, out: Lowered, node: Node, choice: Choice, shared: dict[object, SharedEdit]
+) -> CallEdit | None:
+    """The node's edit; copies of one operator with one choice share it, if they measure lengths of values stored
+    alike."""
+    leaves = formulation.graph.calls[node.call].leaves if node.call >= 0 else ()
+    origins = [leaf.origin.index for leaf in leaves if type(leaf) is Measured and isinstance(leaf.origin, Ref)]
+    key = (node.template, id(choice), *[id(out.stored[index]) for index in origins])
+    if key not in shared:
+        shared[key] = _edit(formulation, out, node, choice), out.own.get(node.index, ())
+    edit, reductions = shared[key]
+    if reductions:
+        out.own[node.index] = reductions
+    return edit
 
 
 def _edit(formulation: Formulation, out: Lowered, node: Node, choice: Choice) -> CallEdit | None:

@@ -44,12 +44,21 @@ class ParameterDomains:
     ) -> None:
         self.graph, self.options, self.found = graph, options, found
         self.same, self.weights, self.penalises = same, weights, penalises
+        self.shared: dict[object, ParameterChoice] = {}
 
     def of(self, node: Node) -> ParameterChoice:
-        """The domain of the parameter ``node``."""
+        """The domain of the parameter ``node``; copies share one unless names decide."""
         if self.options.fixed_parameters is not None:
             return ParameterChoice(self._given(node, self.options.fixed_parameters[node.fqn]))
         weight = self.weights.get(self.same[node.index])
+        if self.options.pin:
+            return self._choice(node, weight)
+        key = (node.template, node.differentiable, weight and weight.may_stay_whole)
+        if key not in self.shared:
+            self.shared[key] = self._choice(node, weight)
+        return self.shared[key]
+
+    def _choice(self, node: Node, weight: Weight | None) -> ParameterChoice:
         splits = [s for s in self.found.of(node) if s.layout.local < s.layout.size]
         pinned = self._pinned(node, weight, splits)
         if pinned is not None:

@@ -12,6 +12,7 @@ from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
 from colrow.cost_models.hardware import Hardware, load_hardware
 
 from .bytes_per_rank import total_of
+from .collector import collector_paused
 from .expressions import can_edit
 from .formulation import Formulation
 from .graph import Graph
@@ -30,6 +31,7 @@ from .workloads import PHASES, Length, Workload, phase_of, required_lengths, wor
 LARGEST_TP = 1024
 
 
+@collector_paused()
 def plan(
     model: nn.Module,
     example_inputs: Inputs | None = None,

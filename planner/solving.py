@@ -39,8 +39,10 @@ def solve_jointly(
     """Solves for all workloads at once; calls that would need two different edits are frozen, and it is solved
     again."""
     of = [memory_of(graph, phase_of(w.name), w.context) for w, graph in traced]
-    dense = [sum(of_one(n, WHOLE).total for n in graph.nodes) for of_one, (_, graph) in zip(of, traced, strict=True)]
-    heaviest = dense.index(max(dense))
+    heaviest = 0
+    if len(traced) > 1:
+        dense = [sum(of_one(n, WHOLE).total for n in g.nodes) for of_one, (_, g) in zip(of, traced, strict=True)]
+        heaviest = dense.index(max(dense))
     workload, graph = traced[heaviest]
     if cap is not None:
         options = replace(options, memory_cap=cap - workspace_bytes(graph, phase_of(workload.name)))

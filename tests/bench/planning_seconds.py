@@ -18,13 +18,15 @@ def main(config: str, tp: str, phase: str, memory_gb: str) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import colrow.planner.planning as planning
+    import colrow.planner.solving as solving
     from colrow.planner.sources import load_source
 
     imported = time.process_time()
     stages = dict.fromkeys(STAGES, 0.0)
 
     def timed(stage: str) -> None:
-        function = getattr(planning, stage)
+        module = planning if hasattr(planning, stage) else solving
+        function = getattr(module, stage)
 
         def run(*args, **kwargs):
             begin = time.process_time()
@@ -33,7 +35,7 @@ def main(config: str, tp: str, phase: str, memory_gb: str) -> None:
             finally:
                 stages[stage] += time.process_time() - begin
 
-        setattr(planning, stage, run)
+        setattr(module, stage, run)
 
     for stage in STAGES:
         timed(stage)
