@@ -11,6 +11,7 @@ from .edits import CallEdit, ForwardEdits, ParameterEdit
 from .graph import VIEWS, Graph, Node, Ref, numel
 from .local_operators import leaves_of
 from .moves import Move, move
+from .padding import Padding
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Shard
 from .roles import BlockOf, Weight
 from .sequence import is_read, sequence_splits
@@ -67,6 +68,7 @@ class Settings:
         insists = bool(self.sequences) and options.sequence_parallel is True
         self.least_avoided = min(map(numel, self.sequences)) if insists else None
         self.users, self.block_of = graph.users(), BlockOf(graph)
+        self.padding = Padding(graph)
         self.call_nodes: dict[int, list[int]] = {}
         for node in graph.nodes:
             if node.call >= 0:
@@ -103,6 +105,7 @@ class Settings:
             self.gather_ps // 2 if never else 0,
             self._births(node, editable),
             fixed,
+            self.padding.fragile(node),
         )
 
     def _avoids_all_reduce(self, node: Node, sequence: Shard | None) -> bool:

@@ -26,6 +26,7 @@ from .graph import LEAVES, VIEWS, Graph, Node
 from .head_groups import held_keys, serves
 from .local_operators import local_form, own_reductions
 from .moves import Move, move
+from .padding import HAZARDS
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Placement, Replicate, Shard
 from .pricing import Cost, Pricing
 from .rules import RULES, Operation
@@ -85,6 +86,7 @@ class Setting:
         slice_ps: Price of cutting a replicated activation for one reader, beside its time.
         births: Splits of dims that the operator makes out of length 1, each rank making its part only.
         fixed: The only moves allowed, of the operands and of the result; None where all are open.
+        fragile: Dims of the result along which padding would not stay finite.
     """
 
     movable: bool
@@ -96,6 +98,7 @@ class Setting:
     slice_ps: int = 0
     births: tuple[Shard, ...] = ()
     fixed: Fixed | None = None
+    fragile: frozenset[int] = frozenset()
 
 
 def reads(node: Node) -> tuple[int, ...]:
@@ -154,7 +157,7 @@ def choices(
         form = local_form(node, call, placed, base)
         if isinstance(form, str):
             continue
-        if _sums_padding(graph, node, placed, base):
+        if _sums_padding(graph, node, placed, base) or _breaks_on_padding(node, combination, base, setting):
             continue
         changes = Cost()
         for i, conversion in zip(operands, combination, strict=True):
@@ -179,6 +182,13 @@ def _sums_padding(graph: Graph, node: Node, placed: dict[int, Stored], base: Sto
         return False
     split = [i for i, p in placed.items() if isinstance(p, Shard) and p.layout.is_padded]
     return bool(split) and not any(_is_weight(graph, i) for i in split)
+
+
+def _breaks_on_padding(node: Node, combination: Sequence[Conversion], base: Stored, setting: Setting) -> bool:
+    """Whether 0 / 0 or the like would come of padding: of what it holds here, or of the zeros behind a cut."""
+    if node.op not in HAZARDS or not isinstance(base, Shard) or not base.layout.is_padded:
+        return False
+    return base.dim in setting.fragile or any(c.move is not None and c.move.forward == "slice" for c in combination)
 
 
 def _is_weight(graph: Graph, index: int) -> bool:
