@@ -10,19 +10,23 @@ import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.utils.stateless
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from colrow.cost_models.errors import SourceError
+
+from .configurations import first_line
+from .documented_inputs import documented_arguments, documented_tensor
+from .known_values import KnownValues, unchecked_values
+from .modalities import IMAGE_PARTS, TEXT_PARTS, audio_inputs, image_inputs
+from .modalities import part_of as _part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Phase = Literal["prefill", "decode", "train"]
-
-# Sub-configurations by what they read; those of encoder-decoders' two halves are text.
-TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-IMAGE_PARTS = ("vision_config", "image_config", "vision_model_config", "encoder")
-AUDIO_PARTS = ("audio_config", "audio_encoder_config", "speech_config", "encoder_config")
 
 
 def example_inputs(
@@ -73,20 +77,20 @@ def example_inputs(
             inputs["input_ids"] = ids(tokens)
         # What generates text has seen the image by the time it decodes: its features are in the cache.
         cached = phase == "decode" and main == "input_ids" and bool(getattr(model, "can_generate", bool)())
-        if "pixel_values" in accepted and not cached:
-            inputs["pixel_values"] = features(*_image_shape(config))
-        if "input_features" in accepted:
-            inputs["input_features"] = features(*_spectrogram_shape(config))
-        if "input_values" in accepted:
-            inputs["input_values"] = features(*_audio_shape(config))
+        if not cached:
+            inputs.update(image_inputs(model, accepted, batch, dtype, generator))
+        inputs.update(audio_inputs(model, accepted, batch, dtype, generator))
     if phase != "decode" and "input_ids" in inputs and "pixel_values" in inputs:
-        inputs["input_ids"] = _with_image_tokens(model, config, inputs["input_ids"], inputs["pixel_values"])
+        inputs["input_ids"] = _with_image_tokens(model, config, inputs)
+    if "mm_token_type_ids" in accepted and "pixel_values" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).to(torch.int)
     if "input_ids" in inputs and "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids(min(tokens, _positions(config, "max_target_positions", tokens)))
     if "bbox" in accepted and "input_ids" in inputs:
         inputs["bbox"] = torch.zeros(*inputs["input_ids"].shape, 4, dtype=torch.long)
+    inputs.update(_documented(model, config, inputs, {"batch": batch, "seq": tokens}, dtype, generator))
     if phase == "prefill" and "logits_to_keep" in accepted and not labels:  # a loss wants every token's logits
         inputs["logits_to_keep"] = 1
     if labels and "labels" in accepted:
@@ -119,51 +123,90 @@ def _token_ids(config: PreTrainedConfig, batch: int, length: int, generator: tor
     return plain[torch.randint(len(plain), (batch, length), generator=generator)]
 
 
-def _with_image_tokens(model: Any, config: PreTrainedConfig, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+def _with_image_tokens(model: Any, config: PreTrainedConfig, inputs: dict[str, Any]) -> torch.Tensor:
     """Ids [batch, positions of one image + tokens] where a model writes image features over the image's own token.
 
-    How many positions an image takes is what the model's image features say, computed where the weights are (on meta
-    for free). A model that keeps images and text apart gets its ids back.
+    How many positions an image takes is what the model's image features say, computed on fake weights. A model that
+    keeps images and text apart gets its ids back.
     """
+    ids: torch.Tensor = inputs["input_ids"]
     token = getattr(config, "image_token_id", None)
     if type(token) is not int or not hasattr(model, "get_image_features"):
         return ids
-    device = next(model.parameters()).device
     try:
-        with torch.no_grad():
-            features = model.get_image_features(pixel_values=pixels.to(device))
-        images = getattr(features, "pooler_output", features)
-        taken = images[0].shape[-2] if images[0].dim() > 1 else 1
+        taken = _image_positions(model, inputs) // len(ids)
     except Exception as error:  # the model's own code, given inputs that are a guess
         raise SourceError(
             f"example inputs of {type(model).__name__}",
-            f"its image features cannot be computed from pixel_values alone: {type(error).__name__}: {error}",
+            f"its image features cannot be computed from these inputs: {type(error).__name__}: {first_line(error)}",
             remedy="Pass package.module:factory, which returns the model with inputs of your own.",
         ) from error
     return torch.cat([torch.full((len(ids), taken), token), ids], dim=1)
 
 
-def _image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Channels, height and width of one image."""
-    vision = _part(config, IMAGE_PARTS)
-    size = getattr(vision, "image_size", None) or getattr(config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-    return int(getattr(vision, "num_channels", None) or 3), height, width
+def _image_positions(model: Any, inputs: dict[str, Any]) -> int:
+    """Feature vectors that the images of ``inputs`` become, all together."""
+    accepted = inspect.signature(model.get_image_features).parameters
+    given = {name: value for name, value in inputs.items() if name in accepted}
+    features = _on_fake_weights(model, model.get_image_features, given)
+    images = getattr(features, "pooler_output", features)
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    return sum(image.shape[:-1].numel() for image in images)
 
 
-def _spectrogram_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """Mel bins and frames; an encoder with a fixed number of positions halves its frames by convolution first."""
-    audio = _part(config, AUDIO_PARTS)
-    bins = int(getattr(audio, "num_mel_bins", None) or getattr(audio, "feature_size", None) or 80)
-    positions = getattr(audio, "max_source_positions", None)
-    return bins, 2 * positions if isinstance(positions, int) else 256
+def runs(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...]) -> bool:
+    """Whether the model takes these inputs, as far as that can be seen without the values of its weights."""
+    try:
+        if isinstance(inputs, dict):
+            _on_fake_weights(model, model, inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return True  # it took them that far
+    except Exception:  # the model's own code
+        return False
+    return True
 
 
-def _audio_shape(config: PreTrainedConfig) -> tuple[int, ...]:
-    """Samples of raw audio, or frames and mel bins where the configuration speaks of both."""
-    audio = _part(config, AUDIO_PARTS)
-    frames, bins = getattr(audio, "max_length", None), getattr(audio, "num_mel_bins", None)
-    return (frames, bins) if isinstance(frames, int) and isinstance(bins, int) else (16000,)
+def _on_fake_weights(model: nn.Module, function: Any, inputs: dict[str, Any]) -> Any:
+    """``function(**inputs)``, a method of ``model``, on weights without values; integers keep theirs."""
+
+    def fake(value: torch.Tensor) -> torch.Tensor:
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), unchecked_values(), KnownValues():
+        given = tree_map_only(torch.Tensor, lambda v: fake(v) if v.is_floating_point() else v, inputs)
+        state = {
+            name: fake(value)
+            for values in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+            for name, value in values
+        }
+        with torch.nn.utils.stateless._reparametrize_module(model, state):
+            return function(**given)
+
+
+def _documented(
+    model: nn.Module,
+    config: PreTrainedConfig,
+    inputs: dict[str, Any],
+    lengths: dict[str, int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """What is required beside ``inputs``, by its documented shape; without other inputs, all that is not optional."""
+    documented = documented_arguments(model.forward)
+    accepted = inspect.signature(model.forward).parameters
+    side = _part(config, IMAGE_PARTS)
+    lengths = lengths | {"image": int(getattr(side, "image_size", 0) or 32) if _is_number(side) else 32}
+    return {
+        name: documented_tensor(documented[name], [config, _part(config, TEXT_PARTS)], lengths, dtype, generator)
+        for name, argument in accepted.items()
+        if name not in inputs
+        and name in documented
+        and (argument.default is inspect.Parameter.empty or (not inputs and not documented[name].optional))
+    }
+
+
+def _is_number(part: Any) -> bool:
+    return isinstance(getattr(part, "image_size", None), int)
 
 
 def _source_length(config: PreTrainedConfig, seq: int, main: str) -> int:
@@ -188,8 +231,3 @@ def _labels(model: nn.Module, config: PreTrainedConfig, inputs: dict[str, Any]) 
         return text.clone()
     batch = next(iter(inputs.values())).shape[0]
     return torch.arange(batch) % max(1, int(getattr(config, "num_labels", 1)))
-
-
-def _part(config: PreTrainedConfig, names: tuple[str, ...]) -> Any:
-    """The first sub-configuration of these names, or the configuration itself."""
-    return next((part for name in names if hasattr(part := getattr(config, name, None), "to_dict")), config)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .layer_pattern import keep_layers
 
@@ -32,6 +32,7 @@ UNTIED_HIDDEN = 128  # hidden size where heads x head dim does not fix it
 # The widest of what is in no simple proportion to the hidden size (feed-forward, low-rank dims). Not a power of two: a
 # weight that happens to be square would hide a transposition.
 WIDEST = 160
+NARROW = 4  # what is no wider is the channels of an image or the like
 VOCAB = 512
 POSITIONS = 128
 WINDOW = 8  # below any sequence worth testing, so that the window cuts something
@@ -41,7 +42,11 @@ PATCHES = 4  # per side of an image
 HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "embedding_size")
 
 
-def small_config(config: PreTrainedConfig, *, divisible_by: int = 4) -> PreTrainedConfig:
+Kept = Literal["", "head dims", "widths"]
+KEEPS: tuple[Kept, ...] = ("", "head dims", "widths")  # in the order in which versions are tried
+
+
+def small_config(config: PreTrainedConfig, *, divisible_by: int = 4, keep: Kept = "") -> PreTrainedConfig:
     """Return the small version of ``config``.
 
     Args:
@@ -49,15 +54,17 @@ def small_config(config: PreTrainedConfig, *, divisible_by: int = 4) -> PreTrain
         divisible_by: The largest group the small model is for. A head count or vocabulary that this divides is
             replaced by one that it divides, any other by one that it does not; other dims stay multiples of 8 per rank
             where they were.
+        keep: What stays as it is, for models whose code knows sizes that no field gives: head dims (rotary sections),
+            or all widths and head counts.
     """
     full, config = configs_in(config), copy.deepcopy(config)
     parts = configs_in(config)
-    sizes = _Sizes.of(full, divisible_by)
+    sizes = _Sizes.of(full, divisible_by, keep)
     for whole, part in zip(full, parts, strict=True):
         keep_layers(part)
         for name, value in list(vars(part).items()):
             rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
-            if rule is not None:
+            if rule is not None and not (keep == "widths" and rule in WIDTHS):
                 _set(part, name, _each(value, partial(rule, sizes, whole)))
         _shrink_rotary(part, sizes)
         _shrink_positions(part)
@@ -77,11 +84,11 @@ class _Sizes:
     hidden: dict[int, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(parts: list[PreTrainedConfig], divisible_by: int) -> _Sizes:
+    def of(parts: list[PreTrainedConfig], divisible_by: int, keep: Kept) -> _Sizes:
         counts = {n for part in parts for n in _numbers(part, HEADS) if n > 1}
-        heads = _head_factor(counts, divisible_by)
+        heads = _head_factor(counts, divisible_by) if keep != "widths" else Fraction(1)
         dims = {(dim, _rotary_share(part)) for part in parts for dim in _head_dims(part)}
-        head_dim = _head_dim_factor(dims)
+        head_dim = _head_dim_factor(dims) if not keep else Fraction(1)
         hidden = max((size for part in parts if (size := _hidden(part))), default=UNTIED_HIDDEN)
         width = heads * head_dim
         if not dims:  # no heads, or heads that do not divide the hidden size and yet get a floor of it each
@@ -127,6 +134,8 @@ def _head_dim_factor(dims: set[tuple[int, Fraction]]) -> Fraction:
 
 def _shrink_width(sizes: _Sizes, part: PreTrainedConfig, width: int) -> int:
     """A feature dim: in exact proportion if tied to the hidden size or the heads, else still a multiple as before."""
+    if width <= NARROW:
+        return width
     if width in sizes.hidden:  # of this part or of one it has to fit
         return sizes.hidden[width]
     hidden = _hidden(part)
@@ -185,6 +194,9 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"window|image|pool_size|group_size|num_|^n_(?!embd|inner|ctx)", lambda sizes, part, value: value),
     (r"_sizes?$|_dims?$|^dim$|^d_|_rank$|_width$|^n_embd$|^n_inner$|_channels$", _shrink_width),
 )
+
+
+WIDTHS = (_shrink_width, _scale_heads, _scale_head_dim)
 
 
 def configs_in(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,10 +26,10 @@ from torch import nn
 from colrow.cost_models.errors import SourceError
 
 from .configurations import default_config, first_line, read_config, refuse_quantised
-from .example_inputs import Phase, example_inputs, usable_seq
+from .example_inputs import Phase, example_inputs, runs, usable_seq
 from .head_class import head_class
 from .random_weights import randomize
-from .shrink import configs_in, small_config
+from .shrink import KEEPS, configs_in, small_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -162,7 +163,15 @@ def source_from_config(
     if cls.config_class is config.sub_configs.get("text_config"):
         config = config.get_text_config()  # registered for the whole type, but only the text half of it
     if small:
-        config, checkpoint = small_config(config), None
+        return _first_that_runs(
+            [
+                partial(
+                    source_from_config, small_config(config, keep=keep), name=name, model_class=cls, phase=phase,
+                    batch=batch, seq=seq, context=context, dtype=dtype, labels=labels,
+                )
+                for keep in KEEPS
+            ]
+        )  # fmt: skip
     config = _without_cache(config)
 
     def construct() -> nn.Module:
@@ -195,6 +204,25 @@ def source_from_config(
     inputs = example_inputs(model, phase=phase, batch=batch, seq=length, labels=labels)
     cached = 0 if phase != "decode" else length if context is None else context
     return Source(name or model_type, model, inputs, build, config, checkpoint, cached, notes)
+
+
+def _first_that_runs(versions: list[Callable[[], Source]]) -> Source:
+    """The first version that can be built and runs on its example inputs; the first of all where none does."""
+    refused: SourceError | None = None
+    first: Source | None = None
+    for version in versions:
+        try:
+            made = version()
+        except SourceError as error:
+            refused = error  # of the version that is least changed
+            continue
+        first = first or made
+        if runs(made.model, made.example_inputs):
+            return made
+    if first is None:
+        assert refused is not None
+        raise refused
+    return first
 
 
 def _load_weights(

@@ -50,8 +50,12 @@ def trace(model: nn.Module, example_inputs: Inputs, *, fold: bool = True) -> Gra
     except TraceError as refused:
         try:
             graph = _folded(model, example_inputs, fold, known_values=True)
-        except TraceError:
-            raise refused from refused.__cause__
+        except TraceError as also:
+            raise TraceError(
+                refused.where,
+                f"{refused.wrong}, nor with known values {also.wrong[also.wrong.index('(') :]}",
+                remedy=refused.remedy,
+            ) from also.__cause__
     graph.assumptions["route"] = "make_fx with known values: holds for masks and inputs of these values"
     return graph
 
@@ -100,8 +104,8 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding, known_va
         stack.enter_context(folding.installed())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
+        stack.enter_context(unchecked_values())
         if known_values:
-            stack.enter_context(unchecked_values())
             stack.enter_context(KnownValues())
         stack.enter_context(recorder)  # asked first: it sees every call
         try:

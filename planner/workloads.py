@@ -77,10 +77,11 @@ def workload_of(name: str, inputs: Inputs, context: int, weight: float = 1.0) ->
     """
     tensors, values = [], []
     named = dict(enumerate(inputs)) if isinstance(inputs, tuple) else dict(inputs)
+    described = any(isinstance(value, Tensor) and _describes(value) for value in named.values())
     for path, value in named.items():
         if isinstance(value, Tensor):
             tensors.append((str(path), str(value.dtype).removeprefix("torch."), tuple(value.shape)))
-            values += [(str(path), kept) for kept in _kept_values(value)]
+            values += [(str(path), kept) for kept in _kept_values(value, described)]
         elif isinstance(value, (int, float, str, bool, type(None))):
             values.append((str(path), value))
         elif any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
@@ -96,17 +97,21 @@ def workload_of(name: str, inputs: Inputs, context: int, weight: float = 1.0) ->
 _LONGEST = 4  # of the last dim of an input that describes others: time, height and width of an image
 
 
-def _kept_values(tensor: Tensor) -> list[Any]:
-    """What control flow may read of an input, at most one entry: an integer input that describes others (sizes of
-    images, lengths) as nested lists, a constant other than 0 as a number.
+def _kept_values(tensor: Tensor, described: bool) -> list[Any]:
+    """What control flow may read of an input, at most one entry: a constant other than 0 as a number; where some input
+    describes others, every integer one as nested lists (which of the tokens stand for an image, and of what size).
     """
     if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel() or tensor.device.type == "meta":
         return []
     first = tensor.flatten()[0].item()
     if bool((tensor == first).all()):
         return [first] if first else []
-    describes = tensor.dim() == 1 or (tensor.dim() == 2 and 1 < tensor.shape[-1] <= _LONGEST)
-    return [tensor.tolist()] if describes else []
+    return [tensor.tolist()] if described else []
+
+
+def _describes(tensor: Tensor) -> bool:
+    """Integers, a few for each of several things."""
+    return not tensor.is_floating_point() and tensor.dim() == 2 and 1 < tensor.shape[-1] <= _LONGEST
 
 
 def example_of(workload: Workload) -> Inputs:

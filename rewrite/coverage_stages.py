@@ -131,7 +131,9 @@ _STAGES: dict[str, Callable[[str, Row, dict[str, Any]], None]] = {
 
 def _small(source: str) -> Source:
     small = source.startswith("hf:")
-    return load_source(source, phase="train", batch=SMALL_BATCH, seq=SMALL_SEQ, dtype="fp64", small=small)
+    loaded = load_source(source, phase="train", batch=SMALL_BATCH, seq=SMALL_SEQ, dtype="fp64", small=small)
+    loaded.model.eval()  # as verify runs it: layers dropped at random cannot be traced
+    return loaded
 
 
 def _refused_inputs(loaded: Source) -> str:
