@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from .communication import CollectiveKind, Curve, between_sizes, inter_node_s
 from .errors import HardwareError
 from .profile import GroupCurve
-from .structural import structural_s
+from .structural import has_structure, structural_s
 
 if TYPE_CHECKING:
     from .hardware import Hardware
@@ -101,7 +101,7 @@ def route_of(hardware: Hardware, kind: CollectiveKind, size: int, implementation
         return _of_group(exact)
     if spread > 1:
         return _across_nodes(hardware, kind, size, implementation, spread)
-    return _within_node(hardware, kind, size, same)
+    return _within_node(hardware, kind, size, implementation, same)
 
 
 def _groups(hardware: Hardware, kind: CollectiveKind, implementation: str) -> Sequence[GroupCurve]:
@@ -112,6 +112,8 @@ def _groups(hardware: Hardware, kind: CollectiveKind, implementation: str) -> Se
     for alternative in collective.alternatives:
         if alternative.name == implementation:
             return list(alternative.groups)
+    if hardware.link is not None and has_structure(kind, hardware.link, implementation):
+        return []
     raise HardwareError(
         f"hardware {hardware.name}",
         f"no {kind} by this implementation",
@@ -126,7 +128,9 @@ def _of_group(group: GroupCurve) -> Route:
     return Route(group.line().seconds, group.basis, group.min_bytes, group.max_bytes, error, note)
 
 
-def _within_node(hardware: Hardware, kind: CollectiveKind, size: int, groups: Sequence[GroupCurve]) -> Route:
+def _within_node(
+    hardware: Hardware, kind: CollectiveKind, size: int, implementation: str, groups: Sequence[GroupCurve]
+) -> Route:
     above = next((group for group in groups if group.size > size), None)
     below = next((group for group in reversed(groups) if group.size < size), None)
     if above is not None and below is not None:
@@ -138,7 +142,7 @@ def _within_node(hardware: Hardware, kind: CollectiveKind, size: int, groups: Se
             None,
             f"between group sizes {below.size} and {above.size}",
         )
-    if hardware.link is None:
+    if hardware.link is None or not has_structure(kind, hardware.link, implementation):
         raise HardwareError(
             f"hardware {hardware.name}",
             f"no {kind} curve for this group size",
@@ -146,7 +150,8 @@ def _within_node(hardware: Hardware, kind: CollectiveKind, size: int, groups: Se
             need=f"{groups[0].size} to {groups[-1].size}" if groups else "a profile with curves within a node",
             remedy="A profile with a link section predicts other sizes by formula.",
         )
-    return Route(structural_s(kind, size, hardware.link), "structural", 0, 0, None, "from the links by formula")
+    curve = structural_s(kind, size, hardware.link, implementation)
+    return Route(curve, "structural", 0, 0, None, "from the links by formula")
 
 
 def _across_nodes(hardware: Hardware, kind: CollectiveKind, size: int, implementation: str, nodes: int) -> Route:

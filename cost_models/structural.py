@@ -22,6 +22,12 @@ used. Median error on all_reduce: A100 13 %, H100 13 %; not fitted to: H200 14 %
 GB300 14 % (tables of aiconfigurator, commit 095f58a51c4c). The machines differ by 60 % in latency at equal links (B200
 10 us, H200 6 us between two ranks), so that is about what one set of constants can reach.
 
+Kernels over peer memory (`PEER_KERNELS`) read every peer's tensor at once, or a part of each and then the parts' sums,
+one barrier more: ``base + peer_s (n - 1) + S (n - 1) / rate`` or ``base + peer_s (n - 1) + barrier + 2 S (n - 1) / n /
+rate`` (vLLM csrc/custom_all_reduce.cuh, cross_device_reduce_1stage and _2stage); where NCCL is faster they hand over
+to it. Fitted to the same two machines up to 8 MiB. Median error of ``custom_graph`` over all sizes: A100 8 %, H100 8 %;
+not fitted to: H200 8 %, B200 29 %; of ``one_shot_graph``: 12 and 21 %; 24 and 19 %.
+
 PCIe has no such regularity: among eight ranks an L40S server reaches 0.8 GB/s and an RTX PRO 6000 one 14 GB/s. Its hop
 is NCCL's (hwLatencies, PCI, LL); between two ranks 0.6 of the link is used (L40S table), beyond two the ring crosses
 host bridges in both directions and half of that is assumed. Expect a factor of two, and measure (``colrow calibrate``).
@@ -57,6 +63,16 @@ class Fabric:
     peer_s: float
 
 
+@dataclass(frozen=True)
+class PeerKernel:
+    """An all_reduce over peer memory in a CUDA graph: both ways, and seconds per launch and per further peer."""
+
+    base_s: float
+    peer_s: float
+    one_stage: Protocol
+    two_stage: Protocol
+
+
 NVLS = Protocol(extra_s=11e-6, share=0.57)
 
 NVSWITCH = Fabric(
@@ -83,6 +99,11 @@ PCIE = Fabric(
     peer_s=0.25e-6,
 )
 
+PEER_KERNELS = {
+    "custom_graph": PeerKernel(4.4e-6, 0.15e-6, Protocol(0.0, 0.55), Protocol(4.2e-6, 0.6)),
+    "one_shot_graph": PeerKernel(3.3e-6, 0.13e-6, Protocol(0.0, 0.53), Protocol(15e-6, 0.44)),
+}
+
 # gloo between two ranks of one host, the gloo-cpu table: 240 us for an all_reduce (two steps), 140 to 370 for one step.
 HOST = Fabric(
     base_s=130e-6,
@@ -93,14 +114,27 @@ HOST = Fabric(
 )
 
 
-def structural_lines(kind: CollectiveKind, size: int, link: Link) -> list[Line]:
+def has_structure(kind: CollectiveKind, link: Link, implementation: str) -> bool:
+    """Whether `structural_lines` knows this implementation: the library always, peer kernels on a switch."""
+    on_switch = kind == "all_reduce" and link.topology == "nvswitch"
+    return implementation == "library" or (on_switch and implementation in PEER_KERNELS)
+
+
+def structural_lines(kind: CollectiveKind, size: int, link: Link, implementation: str = "library") -> list[Line]:
     """One line per way to run the collective; its time is the least of them.
 
     Args:
         kind: The collective.
         size: Ranks in the group, at least 2, all within a node.
         link: What joins them.
+        implementation: One that `has_structure`.
     """
+    if implementation != "library":
+        kernel, rate = PEER_KERNELS[implementation], link.bytes_per_s_per_rank
+        base = kernel.base_s + (size - 1) * kernel.peer_s
+        ways = ((kernel.one_stage, size - 1), (kernel.two_stage, traffic_share("all_reduce", size)))
+        peer = [(base + way.extra_s, sent / (rate * way.share)) for way, sent in ways]
+        return peer + structural_lines(kind, size, link)
     fabric, rate = _fabric(size, link)
     if kind == "all_to_all":
         base = fabric.base_s + fabric.peers.extra_s + (size - 1) * fabric.peer_s
@@ -113,9 +147,9 @@ def structural_lines(kind: CollectiveKind, size: int, link: Link) -> list[Line]:
     return lines
 
 
-def structural_s(kind: CollectiveKind, size: int, link: Link) -> Curve:
-    """The curve of one kind and group size within a node."""
-    lines = structural_lines(kind, size, link)
+def structural_s(kind: CollectiveKind, size: int, link: Link, implementation: str = "library") -> Curve:
+    """The curve of one kind, group size and implementation within a node; arguments as `structural_lines`."""
+    lines = structural_lines(kind, size, link, implementation)
 
     def seconds(nbytes: float) -> float:
         return min(base + slope * nbytes for base, slope in lines)

@@ -30,7 +30,7 @@ from colrow.cost_models.communication import CollectiveKind, between_sizes
 from colrow.cost_models.compute import matmul_bytes, matmul_flops, matmul_s
 from colrow.cost_models.hardware import load_hardware
 from colrow.cost_models.measured_curve import Row, curve_through, left_out_errors
-from colrow.cost_models.structural import structural_s
+from colrow.cost_models.structural import has_structure, structural_s
 
 SIZE_LEFT_OUT, GROUP_LEFT_OUT, STRUCTURAL = 0.03, 0.10, 0.25
 RUNS_MEDIAN, RUNS_MAX = 0.10, 0.30
@@ -120,18 +120,29 @@ def group_left_out(machines: list[Machine]) -> list[Ceiling]:
 def structural(machines: list[Machine]) -> list[Ceiling]:
     """Part 3."""
     ceilings = []
-    table = Table("machine", "kind", "fitted to it", "median", "max", title="Structural model, from the links alone")
+    table = Table(
+        "machine",
+        "implementation",
+        "kind",
+        "fitted to it",
+        "median",
+        "max",
+        title="Structural model, from the links alone",
+    )
     for machine in machines:
-        if machine.link is None or machine.implementation != "library" or "gloo" in machine.software:
+        if machine.link is None or "gloo" in machine.software:
+            continue
+        if not has_structure("all_reduce", machine.link, machine.implementation):
             continue
         fitted = machine.name in STRUCTURAL_FITTED
         for kind, by_size in machine.tables.items():
             errors: list[float] = []
             for size, rows in by_size.items():
-                curve = structural_s(kind, size, machine.link)
+                curve = structural_s(kind, size, machine.link, machine.implementation)
                 errors += [abs(curve(nbytes) / seconds - 1) for nbytes, seconds in rows]
-            table.add_row(machine.name, kind, "yes" if fitted else "", *percent(errors))
-            if machine.on_nvswitch and kind == "all_reduce" and not fitted:
+            table.add_row(machine.name, machine.implementation, kind, "yes" if fitted else "", *percent(errors))
+            ceiled = machine.on_nvswitch and machine.implementation == "library"
+            if ceiled and kind == "all_reduce" and not fitted:
                 ceilings.append(Ceiling(f"structural all_reduce, {machine.name}", median(errors), STRUCTURAL))
     out.print(table)
     return ceilings
