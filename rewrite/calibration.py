@@ -93,9 +93,9 @@ def _waited_s() -> float:
 def typical(readings: Sequence[Reading], together: bool, group: dist.ProcessGroup | None = None) -> float:
     """What a call takes on ranks that have their processors to themselves, of the slower rank.
 
-    Where ranks do not wait for each other, what it was busy. Where they do, wall clock less what all ranks together
-    waited for a processor; if two waited at once that is too much, so it is at least what either was busy, and of the
-    readings the quarter that waited least counts. The median of these.
+    Where ranks do not wait for each other, what it was busy. Where they do, wall clock: what a rank waits for a
+    processor may pass while bytes are on their way, so it cannot be taken off. In either case the readings count in
+    which the ranks waited least, a quarter of them, and of these the median.
 
     Args:
         readings: Taken by all ranks at the same time.
@@ -107,9 +107,8 @@ def typical(readings: Sequence[Reading], together: bool, group: dist.ProcessGrou
     dist.all_reduce(wall_s, dist.ReduceOp.MAX, group=group)
     dist.all_reduce(busy_s, dist.ReduceOp.MAX, group=group)
     dist.all_reduce(waited_s, group=group)
-    found_s = torch.maximum(wall_s - waited_s, busy_s.minimum(wall_s)) if together else busy_s
-    least = (waited_s / wall_s).argsort(stable=True)[: -(-len(readings) // 4)]
-    return float(found_s[least].median())
+    least = waited_s.argsort(stable=True)[: -(-len(readings) // 4)]
+    return float((wall_s if together else busy_s)[least].median())
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,15 @@ def group_sizes(ranks: int) -> list[int]:
     return sorted({2**n for n in range(1, ranks.bit_length()) if 2**n <= ranks} | {ranks})
 
 
-def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
+def measure_on_rank(
+    uses_cuda: bool, collectives_s: float | None = None, matmuls_s: float | None = None
+) -> RankMeasurements:
     """Measure, on every rank of the default (gloo) group together; every rank gets the same.
 
     Args:
         uses_cuda: Measure NCCL and this rank's GPU (already the current device), else gloo and the CPU.
+        collectives_s: About as long as all collectives may take; None for `COLLECTIVES_S`.
+        matmuls_s: The same of matmuls; None for `MATMULS_S`.
     """
     clock = Clock(torch.device("cuda", torch.cuda.current_device()), 10) if uses_cuda else Clock(torch.device("cpu"), 1)
     world = dist.group.WORLD
@@ -178,7 +181,7 @@ def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
     agreeing = {size: dist.new_group(members) for size, members in groups.items()}
     _say(f"measuring {dist.get_backend(talking[ranks])} on {ranks} ranks, under two minutes")
     collectives: dict[CollectiveKind, dict[int, list[Row]]] = {kind: {} for kind in COLLECTIVE_KINDS}
-    budget_s = COLLECTIVES_S / len(COLLECTIVE_KINDS) / len(groups)
+    budget_s = (collectives_s or COLLECTIVES_S) / len(COLLECTIVE_KINDS) / len(groups)
     for size in groups:
         for kind in COLLECTIVE_KINDS:
             _say(f"  {kind}, {size} ranks")
@@ -186,7 +189,7 @@ def measure_on_rank(uses_cuda: bool) -> RankMeasurements:
                 collectives[kind][size] = _curve(kind, size, talking[size], agreeing[size], clock, budget_s)
             dist.barrier()  # who is not in a group waits for it
     _say("  matmuls, memory, launches")
-    matmuls = _matmuls(clock, world)
+    matmuls = _matmuls(clock, world, matmuls_s or MATMULS_S)
     streams = _streams(clock, world)
     launch_s, eager_dispatch_s = _launch(clock, world)
     units = torch.cuda.get_device_properties(clock.device).multi_processor_count if uses_cuda else 1
@@ -261,10 +264,10 @@ def _call(
             return lambda: wait(_functional.all_to_all_single(held, counts, counts, group)), held.nbytes * size
 
 
-def _matmuls(clock: Clock, group: dist.ProcessGroup) -> dict[str, list[MatmulRow]]:
+def _matmuls(clock: Clock, group: dist.ProcessGroup, budget_s: float) -> dict[str, list[MatmulRow]]:
     """Rates of ``F.linear`` by dtype and shape; shapes that take too long on this device are left out."""
     rows: dict[str, list[MatmulRow]] = {}
-    share_s = MATMULS_S / len(DTYPES) / len(MATMUL_ROWS) / len(MATMUL_WIDTHS)
+    share_s = budget_s / len(DTYPES) / len(MATMUL_ROWS) / len(MATMUL_WIDTHS)
     for dtype in DTYPES:
         found = rows[str(dtype).removeprefix("torch.")] = []
         for width in MATMUL_WIDTHS:

@@ -68,7 +68,19 @@ def saved(cwd):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["plan"], ["show"], ["check"], ["verify"], ["run"], ["hardware"], ["hardware", "show"]]
+    "arguments",
+    [
+        [],
+        ["plan"],
+        ["show"],
+        ["check"],
+        ["verify"],
+        ["run"],
+        ["hardware"],
+        ["hardware", "show"],
+        ["sweep"],
+        ["calibrate"],
+    ],
 )
 def test_help_does_not_import_torch(arguments):
     code = (
@@ -92,6 +104,9 @@ CONTRACT = {
     "--json",
     "verify": "--tp --plan --small --ranks --json",
     "run": "--tp --plan --prompt-ids --tokens",
+    "sweep": "--tp --batch --seq --hardware --link-speed --phase --dtype --sequence-parallel --memory-gb --out --json",
+    "calibrate": "--ranks --out --json",
+    "hardware": "--json",
 }
 
 

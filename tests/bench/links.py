@@ -121,17 +121,17 @@ def _ids() -> Tensor:
     return torch.arange(TOKENS)[None] * 7 % 1024
 
 
-def calibrate_here() -> Hardware:
-    """A profile of the link between these ranks; every rank gets the same."""
-    found = measure_on_rank(False)
+def calibrate_here(seconds: float | None) -> Hardware:
+    """A profile of the link between these ranks, in about so many seconds; every rank gets the same."""
+    found = measure_on_rank(False, seconds, seconds and seconds / 2)
     measured = Measurements(ranks=dist.get_world_size(), date=date.today().isoformat(), **vars(found))
     return calibrated("this link", measured)[1]
 
 
-def steps_on_rank(link: str, widths: Sequence[int], models: Sequence[str]) -> list[Step]:
+def steps_on_rank(link: str, widths: Sequence[int], models: Sequence[str], seconds: float | None) -> list[Step]:
     """On each of two ranks: calibrate, plan, rewrite, time; rank 0's answer is everybody's."""
     torch.set_num_threads(1)
-    hardware = calibrate_here()
+    hardware = calibrate_here(seconds)
     steps = []
     for name in models:
         for width in widths:
@@ -210,7 +210,7 @@ def limited(rate: str) -> Iterator[list[str]]:
             for device in ("lo", DEVICE):
                 ip("-n", name, "link", "set", device, "up")
             # A bucket of a few packets: calls that follow each other and calls between compute see the same link.
-            bucket = ["root", "tbf", "rate", rate, "burst", "16kb", "latency", "200ms"]
+            bucket = ["root", "tbf", "rate", rate, "burst", "8kb", "latency", "200ms"]
             ip("netns", "exec", name, "tc", "qdisc", "add", "dev", DEVICE, *bucket)
         yield names
     finally:
@@ -218,11 +218,20 @@ def limited(rate: str) -> Iterator[list[str]]:
             ip("netns", "del", name)  # and the devices in it
 
 
-def steps_over(link: str, widths: Sequence[int] = WIDTHS, models: Sequence[str] = tuple(MODELS)) -> list[Step]:
-    """Two ranks over one of `LINKS`, each in its own namespace where it is limited."""
+def steps_over(
+    link: str, widths: Sequence[int] = WIDTHS, models: Sequence[str] = tuple(MODELS), seconds: float | None = None
+) -> list[Step]:
+    """Two ranks over one of `LINKS`, each in its own namespace where it is limited.
+
+    Args:
+        link: Its name.
+        widths: Of the models.
+        models: Their names.
+        seconds: For calibrating; None for as long as ``colrow calibrate`` takes.
+    """
     rate = LINKS[link]
     if not rate:
-        return run_ranks(steps_on_rank, 2, "gloo", (link, tuple(widths), tuple(models)), 3600.0)[0]
+        return run_ranks(steps_on_rank, 2, "gloo", (link, tuple(widths), tuple(models), seconds), 3600.0)[0]
     with limited(rate) as names:
         ranks = []
         for rank, name in enumerate(names):
@@ -231,7 +240,7 @@ def steps_over(link: str, widths: Sequence[int] = WIDTHS, models: Sequence[str] 
                 "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1",
             }  # fmt: skip
             command = ["ip", "netns", "exec", name, sys.executable, __file__, "--rank", link]
-            command += [",".join(map(str, widths)), ",".join(models)]
+            command += [",".join(map(str, widths)), ",".join(models), str(seconds or "")]
             ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         try:
             printed = [rank.communicate(timeout=3600)[0] for rank in ranks]
@@ -243,10 +252,11 @@ def steps_over(link: str, widths: Sequence[int] = WIDTHS, models: Sequence[str] 
     return [Step(**step) for step in json.loads(printed[0].splitlines()[-1])]
 
 
-def join(link: str, widths: str, models: str) -> None:
+def join(link: str, widths: str, models: str, seconds: str) -> None:
     """One rank in its namespace: rank 0 prints the steps."""
     dist.init_process_group("gloo")
-    steps = steps_on_rank(link, [int(width) for width in widths.split(",")], models.split(","))
+    asked = float(seconds) if seconds else None
+    steps = steps_on_rank(link, [int(width) for width in widths.split(",")], models.split(","), asked)
     if dist.get_rank() == 0:
         print(json.dumps([asdict(step) for step in steps]), flush=True)
     dist.barrier()
