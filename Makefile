@@ -1,6 +1,7 @@
 # make demo    plan Llama-3.1-8B for 8 GPUs, then run a small one on 2 CPU ranks
 # make test    what CI runs: ruff, mypy --strict, the layer contract, pytest
 # make bench   planning time and step overhead against their ceilings
+# make bench-links   predicted against measured steps on 2 gloo ranks, at full speed and (root) on slow links
 # make bench-costs   predicted against measured times: collectives, matmuls, published runs
 # Each makes .venv first, from constraints.txt. A PYTHON of your own: make test PYTHON=/path/to/python3.11
 
@@ -10,7 +11,7 @@ STAMP := .venv/.installed
 # One thread per process: the suite starts several ranks at a time, and CPU seconds are only comparable that way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench bench-costs clean
+.PHONY: demo test bench bench-costs bench-links clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/run.py
+
+bench-links: $(STAMP)
+	$(BIN)/python tests/bench/links.py
 
 bench-costs: $(STAMP)
 	$(BIN)/python tests/bench/costs.py
