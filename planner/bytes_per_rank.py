@@ -10,7 +10,8 @@ from colrow.cost_models.memory import MemoryBytes, training_bytes
 from .graph import VIEWS, Graph, Node, Ref, numel
 from .placement import Placement, Shard
 from .pricing import Phase
-from .strategies import Stored, is_leaf
+from .storing import Stored
+from .strategies import is_leaf
 
 
 def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Stored], MemoryBytes]:

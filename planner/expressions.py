@@ -147,6 +147,11 @@ def can_edit(frames: tuple[Frame, ...]) -> str | None:
     return None
 
 
+def is_augmented(frames: tuple[Frame, ...]) -> bool:
+    """Whether the chain ends at ``x += y``, so that an edit of its result is what ``x`` becomes."""
+    return isinstance(_checked(steps(frames)[-1]), ast.AugAssign)
+
+
 def editable_steps(frames: tuple[Frame, ...]) -> tuple[Step, ...]:
     """The chain as functions with source of their own.
 

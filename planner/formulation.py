@@ -30,7 +30,8 @@ from .pricing import Cost, Pricing
 from .returned_values import output_price
 from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, outer_blocks, weights
 from .site_settings import Options, Settings
-from .strategies import Choices, Domain, Setting, Stored, fixed_slices, is_leaf, reads, slice_options, tabulate
+from .storing import Domain, Setting, Stored
+from .strategies import Choices, fixed_slices, is_leaf, reads, slice_options, tabulate
 
 REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38

@@ -19,7 +19,7 @@ from .factor_graph import INFEASIBLE, Factor, Problem, Solution, Table, evaluate
 from .formulation import REPLICATION_PENALTY_PS, Formulation
 from .placement import Replicate
 from .solver import solve
-from .strategies import Domain, Stored
+from .storing import Domain, Stored
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:

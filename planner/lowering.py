@@ -18,7 +18,8 @@ from .returned_values import returned_part
 from .roles import BlockOf, crossing, hidden_bytes
 from .rules.pointwise import JOINT
 from .sites import Site
-from .strategies import Choice, Stored, apply_rule, best_choice, is_leaf, reads
+from .storing import Stored
+from .strategies import Choice, apply_rule, best_choice, is_leaf, reads
 
 Category = Literal["block", "statistic", "parameter_gradient", "embedding", "head", "loss"]
 

@@ -12,7 +12,7 @@ from .graph import Graph, Node
 from .placement import PARTIAL_GRAD, WHOLE, Shard
 from .roles import Weight, label_of
 from .site_settings import Options
-from .strategies import Domain, Stored
+from .storing import Domain, Stored
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from .graph import Node
 from .moves import Move
 from .placement import PARTIAL_GRAD, WHOLE, Shard
 from .pricing import Pricing
-from .strategies import Stored
+from .storing import Stored
 
 RETURNED = Move("identity", "lift")
 """What happens to a returned value whose gradient is partial: what the caller adds to it counts on one rank."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from .candidates import Candidates
 from .edits import CallEdit, ForwardEdits, ParameterEdit
+from .expressions import is_augmented
 from .graph import VIEWS, Graph, Node, Ref, numel
 from .local_operators import leaves_of
 from .moves import Move, move
@@ -16,7 +17,7 @@ from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Shard
 from .roles import BlockOf, Weight
 from .sequence import is_read, sequence_splits
 from .sites import Frame
-from .strategies import Fixed, Setting
+from .storing import Fixed, Setting
 
 _NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
 
@@ -86,6 +87,8 @@ class Settings:
                 and self.options.editable(call.site.frames) is None
             )
             whole_result = not node.outputs and node.op not in _NO_RESULT and node.index not in self.graph.whole
+            if editable and node.op.endswith("_") and call.function == node.op and not is_augmented(call.site.frames):
+                whole_result = False  # x.add_(y): later readers read x, not what the call returned
             movable = editable and whole_result and node.index == self.call_nodes[node.call][-1]
         if self.ranks == 1:
             return Setting(False, (False,) * len(operands), editable)

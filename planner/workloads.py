@@ -15,7 +15,7 @@ from colrow.cost_models.errors import UsageError
 from .graph import Graph
 from .pricing import Phase
 from .sequence import is_elastic
-from .strategies import Stored
+from .storing import Stored
 from .trace import Inputs
 
 PHASES = ("prefill", "decode", "train")

@@ -32,7 +32,8 @@ from colrow.planner.moves import Move
 from colrow.planner.placement import Placement, Shard
 from colrow.planner.plan_model import Plan
 from colrow.planner.replanning import recheck
-from colrow.planner.strategies import Stored, is_leaf, reads
+from colrow.planner.storing import Stored
+from colrow.planner.strategies import is_leaf, reads
 from colrow.planner.trace import trace
 from colrow.planner.workloads import example_of
 

@@ -21,7 +21,8 @@ from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
 from colrow.planner.returned_values import RETURNED
 from colrow.planner.roles import BlockOf, crossing, hidden_bytes
-from colrow.planner.strategies import Stored, beside_time, choices, cuts, is_leaf, price_move, reads
+from colrow.planner.storing import Stored, beside_time, price_move
+from colrow.planner.strategies import choices, cuts, is_leaf, reads
 
 
 class PlanIlp:
