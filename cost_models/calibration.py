@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import median
 from typing import Any
 
-from .communication import COLLECTIVE_KINDS, CollectiveKind
+from .communication import COLLECTIVE_KINDS, CollectiveKind, SegmentedLine
 from .compute import matmul_bytes, matmul_flops, matmul_s
-from .fit_profiles import measured_groups, rounded
+from .fit_profiles import GroupJson, measured_groups, rounded
 from .hardware import SCHEMA, Hardware, parse_hardware
-from .measured_curve import Row, curve_through
+from .measured_curve import Row, relative_errors
 
 LICENCE = "LicenseRef-own-measurement"
+STEEPEST_S_PER_BYTE = 1e-6  # what profiles take: a link of 1 MB/s
+SHORTEST_S = 1e-7  # of a message without bytes, where a straight line would have none
 LARGE = 256  # m, n and k of the matmuls whose rate counts as achievable
 
 
@@ -77,8 +80,8 @@ class FitError:
         rows: Measured sizes or shapes.
         fit_median: Against the rows it was made from.
         fit_max: As above, the worst row.
-        left_out_median: Of predicting each interior size from the others; None for matmuls, whose rate and start are
-            the profile's only parameters.
+        left_out_median: Of predicting each interior size from the others; None for matmuls, which have only a rate, and
+            for a straight line.
         left_out_max: As above, the worst size.
     """
 
@@ -133,9 +136,7 @@ def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
         "collectives": {
             kind: {
                 "implementation": measured.implementation,
-                "groups": measured_groups(
-                    {str(size): [[at, s * 1e6] for at, s in rows] for size, rows in measured.collectives[kind].items()}
-                ),
+                "groups": [_group(size, rows) for size, rows in sorted(measured.collectives[kind].items())],
             }
             for kind in COLLECTIVE_KINDS
         },
@@ -144,14 +145,44 @@ def calibrated(name: str, measured: Measurements) -> tuple[str, Hardware]:
     return text, parse_hardware(text, where=name)
 
 
+def _group(size: int, rows: Sequence[Row]) -> GroupJson:
+    """The curve through the rows; where noise makes that steeper than any link, the best straight line instead."""
+    (group,) = measured_groups({str(size): [[at, s * 1e6] for at, s in rows]})
+    if all(segment["s_per_byte"] < STEEPEST_S_PER_BYTE for segment in group["segments"]):
+        return group
+    latency_s, s_per_byte = straight_line(rows)
+    errors = relative_errors(rows, SegmentedLine.through(latency_s, [0.0], [s_per_byte]))
+    return {
+        **group,
+        "latency_s": latency_s,
+        "segments": [{"from_bytes": 0, "s_per_byte": s_per_byte}],
+        "median_rel_error": rounded(median(errors)),
+        "max_rel_error": rounded(max(errors)),
+        "left_out_median_rel_error": None,
+        "left_out_max_rel_error": None,
+    }
+
+
+def straight_line(rows: Sequence[Row]) -> tuple[float, float]:
+    """Latency and seconds per byte of the line that most rows agree on: the median of all pairs' slopes, and of what
+    that leaves.
+
+    Source: P. Sen, "Estimates of the regression coefficient based on Kendall's tau", JASA 63(324), 1968.
+    """
+    pairs = combinations(sorted(rows), 2)
+    s_per_byte = max(0.0, median((t2 - t1) / (size2 - size1) for (size1, t1), (size2, t2) in pairs))
+    latency_s = median(seconds - s_per_byte * size for size, seconds in rows)
+    return rounded(max(latency_s, SHORTEST_S)), rounded(s_per_byte)
+
+
 def fit_errors(measured: Measurements, profile: Hardware) -> list[FitError]:
     """Of every curve, by leaving out each interior message size in turn; of matmuls, against all shapes timed."""
     found = []
     for kind, by_size in measured.collectives.items():
         for size, rows in sorted(by_size.items()):
-            curve = curve_through(rows)
-            errors = (curve.median_rel_error, curve.max_rel_error)
-            left_out = (curve.left_out_median_rel_error, curve.left_out_max_rel_error)
+            group = _group(size, rows)
+            errors = (group["median_rel_error"], group["max_rel_error"])
+            left_out = (group["left_out_median_rel_error"], group["left_out_max_rel_error"])
             found.append(FitError(kind, size, len(rows), *errors, *left_out))
     for dtype, products in measured.matmuls.items():
         off = [abs(_predicted_s(row, dtype, profile) / row.seconds - 1) for row in products]

@@ -65,6 +65,20 @@ def test_the_error_is_of_sizes_left_out():
         assert worst == pytest.approx(1 / 3, rel=0.01) if one is noisy else worst < 1e-3
 
 
+def test_noise_steeper_than_any_link_becomes_a_straight_line():
+    one = measured()
+    rows = list(one.collectives["all_reduce"][2])
+    rows[1] = (rows[1][0], 5e-3)  # and all later ones at least that
+    rows[2:] = [(size, 5e-3 + S_PER_BYTE * size) for size, _ in rows[2:]]
+    noisy = Measurements(**{**vars(one), "collectives": {**one.collectives, "all_reduce": {2: rows}}})
+    profile = calibrated("noisy", noisy)[1]
+    (group,) = profile.collectives.all_reduce.groups
+    assert len(group.segments) == 1
+    assert group.left_out_median_rel_error is None
+    assert profile.collective_s("all_reduce", 2**19, 2) == pytest.approx(rows[-1][1], rel=0.1)
+    assert len(profile.collectives.broadcast.groups[0].segments) > 1
+
+
 def test_matmuls_are_compared_with_the_roofline():
     one = measured()
     slow = MatmulRow(1, 256, 256, 1e-3)
@@ -103,7 +117,7 @@ def test_readings_without_waiting_for_a_processor_count():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(calibration, "COLLECTIVES_S", 0.2)
+    monkeypatch.setattr(calibration, "COLLECTIVES_S", 2.0)
     monkeypatch.setattr(calibration, "MATMULS_S", 0.1)
     monkeypatch.setattr(calibration, "LARGEST_BYTES", 2**15)
     monkeypatch.setattr(calibration, "MATMUL_WIDTHS", (256,))
