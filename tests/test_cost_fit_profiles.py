@@ -47,7 +47,7 @@ def test_tables_name_source_licence_and_date_and_ascend(name: str) -> None:
     for by_size in table["collectives"].values():
         for rows in by_size.values():
             sizes = [nbytes for nbytes, _ in rows]
-            assert len(rows) >= 17 and sizes == sorted(set(sizes)) and all(us > 0 for _, us in rows)
+            assert len(rows) >= 12 and sizes == sorted(set(sizes)) and all(us > 0 for _, us in rows)
 
 
 def test_a_table_without_a_licence_or_of_another_version_is_refused() -> None:

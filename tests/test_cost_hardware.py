@@ -35,7 +35,7 @@ def test_the_contracted_profiles_exist() -> None:
 @pytest.mark.parametrize("name", hardware_names())
 def test_profiles_name_their_source_licence_and_date(name: str) -> None:
     hardware = load_hardware(name)
-    assert hardware.name == name and hardware.licence == "Apache-2.0" and hardware.date.startswith("2026-")
+    assert hardware.name == name and hardware.licence in ("Apache-2.0", "MIT") and hardware.date >= "2024-01-01"
     if hardware.basis == "structural":
         assert "structural" in hardware.description.lower() and "no table" in hardware.source
     else:

@@ -1,7 +1,5 @@
 """The curve through a table: meets monotone rows, never falls, jumps nowhere, honest about rows left out."""
 
-import json
-from importlib import resources
 from itertools import combinations_with_replacement
 from math import log
 from statistics import median
@@ -10,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colrow.cost_models.fit_profiles import load_table, profile_json, table_names
-from colrow.cost_models.hardware import load_hardware
+from colrow.cost_models.fit_profiles import load_table
 from colrow.cost_models.measured_curve import curve_through, left_out_errors, monotone
 
 ROWS = st.dictionaries(st.integers(0, 2**34), st.floats(1e-6, 10), min_size=2, max_size=25).map(
@@ -87,10 +84,3 @@ def test_left_out_sizes_of_the_nvswitch_tables_are_within_three_percent(name: st
         for rows in by_size.values():
             every += left_out_errors([(nbytes, us * 1e-6) for nbytes, us in rows])
     assert len(every) > 200 and median(every) < 0.03
-
-
-@pytest.mark.parametrize("name", table_names())
-def test_shipped_profiles_are_their_tables(name: str) -> None:
-    shipped = (resources.files("colrow.cost_models") / "profiles" / f"{name}.json").read_text("utf-8")
-    assert shipped == profile_json(load_table(name))
-    assert load_hardware(name).name == name == json.loads(shipped)["name"]

@@ -3,7 +3,8 @@
 Per table and per machine, median and maximum of ``|predicted / measured - 1|``:
 
 1. **size left out**: every interior row from the other rows of its table, beside log-log interpolation;
-2. **group left out**: 4 ranks from 2 and 8; the end sizes from the links, as nothing lies beyond them;
+2. **group left out**: an interior size (4 of 2, 4 and 8) from its neighbours; the end sizes from the links, as nothing
+   lies beyond them;
 3. **structural**: from the links alone, on machines the constants were not fitted to;
 4. **matmuls** by shape; 5. **published runs**, decode and prefill, with what the smallest tp fixes.
 
@@ -108,7 +109,7 @@ def group_left_out(machines: list[Machine]) -> list[Ceiling]:
                     curve = structural_s(kind, size, machine.link)
                     ends.setdefault(size, []).extend(abs(curve(n) / seconds - 1) for n, seconds in by_size[size])
         if inner:
-            table.add_row(machine.name, machine.implementation, "4", "2 and 8", *percent(inner))
+            table.add_row(machine.name, machine.implementation, "interior", "its neighbours", *percent(inner))
             if machine.on_nvswitch and machine.implementation == "library":
                 ceilings.append(Ceiling(f"group left out, {machine.name}", median(inner), GROUP_LEFT_OUT))
         for size, errors in sorted(ends.items()):
