@@ -133,8 +133,9 @@ class RawCall:
 class CallRecorder(TorchFunctionMode):
     """Keeps a `RawCall` per API call and tags the FX nodes traced inside it with its index."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.own = frozenset(id(module) for module in model.modules())
         self.calls: list[RawCall] = []
         self.measured: dict[Any, set[int]] = {}
         """FX node -> dims whose length the model's code has read."""
@@ -152,7 +153,7 @@ class CallRecorder(TorchFunctionMode):
             return Shape.of(lengths, origin, read)
         if func in _COUNTS:
             self.measured.setdefault(_made_by(args[0], _tracer()), set()).update(range(args[0].dim()))
-        module, frames = _caller()
+        module, frames = _caller(self.own)
         self.calls.append(RawCall(module, frames, func, _leaves(args, kwargs or {})))
         meta = torch.fx.traceback.current_meta
         before = meta.get("custom")
@@ -227,14 +228,20 @@ def _itself(module: nn.Module) -> nn.Module:
     return module if base is None else base(module)
 
 
-def _caller() -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:
-    """The calling module and the frames between its forward and the API call, torch's own plumbing left out."""
+def _caller(own: frozenset[int]) -> tuple[nn.Module | None, tuple[tuple[CodeType, int], ...]]:
+    """The calling module and the frames between its forward and the API call, torch's own plumbing left out.
+
+    A module that is no part of the model (one made when the code was imported, for all) is the caller's call.
+    """
     frame = sys._getframe(2)
     chain: list[tuple[CodeType, int]] = []
     while frame is not None:
         code = frame.f_code
         if code is _MODULE_CALL:
-            return _itself(frame.f_locals["self"]), tuple(reversed(chain))
+            module = _itself(frame.f_locals["self"])
+            if id(module) in own:
+                return module, tuple(reversed(chain))
+            chain.clear()
         file = code.co_filename
         internal = file.startswith(_TORCH) and not file.startswith(_LAYERS)
         if file not in _OWN and file != _MODULES and (chain or not internal):

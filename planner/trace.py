@@ -95,7 +95,7 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding, known_va
         return [leaf for _, leaf in leaves]
 
     run._orig_mod = model  # type: ignore[attr-defined]  # make_fx reads module paths from it
-    recorder = CallRecorder()
+    recorder = CallRecorder(model)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
