@@ -109,6 +109,7 @@ class Settings:
             self._births(node, editable),
             fixed,
             self.padding.fragile(node),
+            any(is_written(self.graph.nodes[reader], node.index) for reader in self.users[node.index]),
         )
 
     def _avoids_all_reduce(self, node: Node, sequence: Shard | None) -> bool:
@@ -153,8 +154,13 @@ class Settings:
         value = self.graph.nodes[operand]
         if value.op == "parameter":
             return len(self.users[operand]) == 1 and self.same[operand] == operand and operand not in self.weights
-        if not editable or node.op in VIEWS:
+        if not editable or node.op in VIEWS or is_written(node, operand):
             return False
         call = self.graph.calls[node.call]
         inside = [n for n in self.call_nodes[node.call] if operand in self.graph.nodes[n].operands]
         return inside == [node.index] and Ref(operand) in call.leaves
+
+
+def is_written(reader: Node, index: int) -> bool:
+    """Whether an operator changes the value of node ``index`` in place."""
+    return reader.op.endswith("_") and not reader.op.endswith("__") and reader.operands[:1] == (index,)

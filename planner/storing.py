@@ -31,6 +31,7 @@ class Setting:
         births: Splits of dims that the operator makes out of length 1, each rank making its part only.
         fixed: The only moves allowed, of the operands and of the result; None where all are open.
         fragile: Dims of the result along which padding would not stay finite.
+        written: The result is changed in place later on: a move has to make a new tensor of it.
     """
 
     movable: bool
@@ -43,6 +44,7 @@ class Setting:
     births: tuple[Shard, ...] = ()
     fixed: Fixed | None = None
     fragile: frozenset[int] = frozenset()
+    written: bool = False
 
 
 def stored_domain(node: Node, made: Sequence[Stored], setting: Setting) -> Domain:
@@ -98,7 +100,7 @@ def price_move(node: Node, made: Stored, target: Stored, setting: Setting, prici
     if not node.differentiable and isinstance(target, Replicate) and target.partial_grad:
         return None
     step = move(made, target)
-    if step is None:
+    if step is None or (setting.written and step.forward in ("identity", "slice")):
         return None
     cost = pricing.move(step, node.nbytes)
     return cost if node.differentiable else Cost(cost.forward_ps, 0)
