@@ -56,9 +56,11 @@ def total_of(graph: Graph, stored: Sequence[Stored], phase: Phase, context: int)
     """Bytes per rank by kind, tied parameters once."""
     of, total = memory_of(graph, phase, context), MemoryBytes(workspace=workspace_bytes(graph, phase))
     counts: Counter[tuple[int, Stored]] = Counter()
+    alike: dict[tuple[int, bool], int] = {}  # a copy may differ from its template in whether a gradient comes
     for node in graph.nodes:
         if node.fqn not in graph.ties:
-            counts[(node.template, stored[node.index])] += 1
+            like = alike.setdefault((node.template, node.differentiable), node.index)
+            counts[(like, stored[node.index])] += 1
     for (index, placement), count in counts.items():
         one = of(graph.nodes[index], placement)
         total += MemoryBytes(**{kind: count * nbytes for kind, nbytes in one.by_kind().items()})

@@ -329,7 +329,7 @@ class _Builder:
                 continue
             variable = self.out.variable[node.index]
             domain = self.out.domains[variable]
-            key = (node.template, self._id(domain))
+            key = (node.template, node.differentiable, self._id(domain))
             if key not in columns:
                 made = np.array([memory(node, s) for s in domain], dtype=np.int64)
                 columns[key] = made if made.any() else None

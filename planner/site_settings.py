@@ -69,7 +69,8 @@ class Settings:
         insists = bool(self.sequences) and options.sequence_parallel is True
         self.least_avoided = min(map(numel, self.sequences)) if insists else None
         self.users, self.block_of = graph.users(), BlockOf(graph)
-        self.padding = Padding(graph)
+        distinct = {layout for layouts in found.found.values() for layout in layouts}
+        self.padding = Padding(graph) if any(layout.is_padded for layout in distinct) else None
         self.call_nodes: dict[int, list[int]] = {}
         for node in graph.nodes:
             if node.call >= 0:
@@ -108,7 +109,7 @@ class Settings:
             self.gather_ps // 2 if never else 0,
             self._births(node, editable),
             fixed,
-            self.padding.fragile(node),
+            self.padding.fragile(node) if self.padding is not None else frozenset(),
             any(is_written(self.graph.nodes[reader], node.index) for reader in self.users[node.index]),
         )
 
