@@ -3,6 +3,7 @@
 # make bench   planning time and step overhead against their ceilings
 # make bench-links   predicted against measured steps on 2 gloo ranks, at full speed and (root) on slow links
 # make bench-costs   predicted against measured times: collectives, matmuls, published runs
+# make coverage  every model type of transformers, traced, planned and verified: docs/COVERAGE.md (hours; resumes)
 # Each makes .venv first, from constraints.txt. A PYTHON of your own: make test PYTHON=/path/to/python3.11
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +12,7 @@ STAMP := .venv/.installed
 # One thread per process: the suite starts several ranks at a time, and CPU seconds are only comparable that way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench bench-costs bench-links clean
+.PHONY: demo test coverage bench bench-costs bench-links clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -21,6 +22,9 @@ test: $(STAMP)
 	$(BIN)/mypy -p colrow
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n 2
+
+coverage: $(STAMP)
+	$(BIN)/colrow coverage --jobs 2
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/run.py

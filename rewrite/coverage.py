@@ -57,7 +57,7 @@ def coverage(
         jobs: Children at a time.
     """
     codes = code_digests()
-    _warm()
+    warm()
     file = folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
     chosen = chosen_sources(sources)[shard[0] - 1 :: shard[1]]
@@ -121,7 +121,7 @@ def write_page(folder: Path, codes: Mapping[str, str]) -> None:
     (folder / PAGE).write_text(page(load_rows(folder / FILE), codes, versions()), encoding="utf-8")
 
 
-def _warm() -> None:
+def warm() -> None:
     """Import and run once what every child needs; no thread may be left behind, or forking would be unsafe."""
     import transformers  # noqa: F401
 

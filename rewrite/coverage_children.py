@@ -5,6 +5,7 @@ A child that hangs, crashes or eats memory costs its own result only. Imports ar
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -96,6 +97,7 @@ def _child(task: Task, writer: Connection, limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_bytes, limits.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # a crash is a result
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)  # models print and warn as they like
     os.dup2(quiet, 2)

@@ -24,7 +24,16 @@ SCHEMA = "colrow.coverage/1"
 STAGES = ("trace", "plan", "verify", "generate")
 VERIFIED_TPS = (2, 4)
 # Only what decides a result: not how rows are walked or printed, nor the other commands.
-_UNCODED = ("coverage.py", "coverage_page.py", "coverage_children.py", "cli.py", "commands.py", "display.py", "gate.py")
+_UNCODED = (
+    "coverage.py",
+    "coverage_page.py",
+    "coverage_children.py",
+    "coverage_check.py",
+    "cli.py",
+    "commands.py",
+    "display.py",
+    "gate.py",
+)
 
 
 class Status(StrEnum):
