@@ -24,11 +24,11 @@ from .storing import Domain, Stored
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
     """The weights as small integers of the same ratios (to one part in a thousand)."""
-    parts = [Fraction(w).limit_denominator(1000) for w in weights]
+    parts = [Fraction(w / min(weights)).limit_denominator(1000) for w in weights]
     common = math.lcm(*(part.denominator for part in parts))
     whole = [int(part * common) for part in parts]
     shared = math.gcd(*whole)
-    return [max(1, w // shared) for w in whole]
+    return [w // shared for w in whole]
 
 
 def solve_together(formulations: Sequence[Formulation], weights: Sequence[int], heaviest: int) -> Solution:

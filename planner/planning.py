@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -14,7 +15,6 @@ from colrow.cost_models.hardware import Hardware, load_hardware
 from .bytes_per_rank import total_of
 from .collector import collector_paused
 from .expressions import can_edit
-from .formulation import Formulation
 from .graph import Graph
 from .parameter_words import described_parameters
 from .pins import refuse_pins_of_nothing, refuse_unmet_pins
@@ -116,7 +116,7 @@ def _asked(
         return [(workload_of(phase, example_inputs, context), example_inputs)]
     asked = []
     for name, (inputs, weight) in (workloads or {}).items():
-        if not weight > 0:
+        if not 0 < weight < math.inf:
             raise UsageError(f"workload {name}", "its weight is no share of the time", got=weight, need="above 0")
         decodes = phase_of(name) == "decode"
         asked.append((workload_of(name, inputs, context if decodes else 0, weight), inputs))
@@ -191,7 +191,7 @@ def plan_of(
         ties=dict(graph.ties),
         schedules=tuple(schedules),
         unsplit=unsplit,
-        findings=tuple(dict.fromkeys(text for s in solved for text in _findings(s.formulation, options))),
+        findings=tuple(dict.fromkeys(text for s in solved for text in _findings(s, options, hardware))),
         assumptions=dict(graph.assumptions),
         cost=_weighted(planned),
         memory_bytes=max(held, key=lambda kinds: sum(kinds.values())),
@@ -233,8 +233,8 @@ def _weighted(schedules: Sequence[Schedule]) -> PlannedCost:
     return PlannedCost(**sums, proven=all(s.cost.proven for s in schedules))
 
 
-def _findings(formulation: Formulation, options: Options) -> tuple[str, ...]:
-    graph = formulation.graph
+def _findings(solved: Solved, options: Options, hardware: Hardware) -> tuple[str, ...]:
+    graph, collectives = solved.formulation.graph, solved.lowered.collectives
     unknown: dict[str, int] = {}
     for node in graph.nodes:
         values = [node, *(graph.nodes[i] for i in node.operands)]
@@ -257,6 +257,9 @@ def _findings(formulation: Formulation, options: Options) -> tuple[str, ...]:
         for site in sorted(options.frozen, key=str)
         if isinstance(site, tuple)
     ]
+    ranks = solved.formulation.pricing.ranks
+    predicted = {(c.kind, c.nbytes): hardware.predict(c.kind, c.nbytes, ranks).finding for c in collectives}
+    found += [f"predicted time of {kind}: {text}" for (kind, _), text in sorted(predicted.items()) if text]
     return tuple(dict.fromkeys(found))
 
 
