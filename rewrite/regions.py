@@ -140,7 +140,9 @@ class Region:
         self.module, self.readers, self.group, self.running = module, readers, group, running
         self.depth = 0  # of nested calls: a module that calls itself reads its parameters once
         self.is_installed = False
-        self.checkpointed = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
+        parts = list(module.modules())
+        self.num_parts = len(parts)
+        self.checkpointed = [part for part in parts if hasattr(part, "gradient_checkpointing")]
         module.register_forward_pre_hook(self.enter)
         module.register_forward_hook(self.leave, always_call=True)
 
@@ -151,6 +153,8 @@ class Region:
             return
         if self.is_installed:  # for the backward of an earlier call, which broke off
             self.remove()
+        if not torch.compiler.is_compiling() and sum(1 for _ in module.modules()) != self.num_parts:
+            self.refuse_additions()
         owner, name = self.readers[0].slots[0]
         if name in owner.__dict__:
             return
@@ -185,6 +189,23 @@ class Region:
                 for owner, name in reader.slots:
                     owner.__dict__[name] = view
         return None
+
+    def refuse_additions(self) -> None:
+        """Modules were put into this one after the rewrite: fine as long as they bring no parameters.
+
+        Raises:
+            UsageError: They do (an adapter): the plan has no place for these, and their results would be partial sums
+                or slices.
+        """
+        for name, value in self.module.named_parameters():
+            if not isinstance(value, DTensor):
+                self.depth -= 1
+                raise UsageError(
+                    f"{type(self.module).__name__}: {name}",
+                    "this parameter was added after the rewrite, and the plan does not know it",
+                    remedy="Add adapters first; then plan and parallelize the model with them.",
+                )
+        self.num_parts = sum(1 for _ in self.module.modules())
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, called after exceptions too: take the views out again."""

@@ -161,12 +161,19 @@ def _examples(planned: Inputs, kwargs: Mapping[str, Any]) -> Iterator[Inputs]:
     yield {**planned, **options}
     sizes = {v.shape: planned[k].shape for k, v in kwargs.items() if isinstance(v, Tensor) and k in planned}
     more = {
-        name: torch.zeros(sizes.get(value.shape, value.shape), dtype=value.dtype)
+        name: _stand_in(value, sizes.get(value.shape, value.shape))
         for name, value in kwargs.items()
         if isinstance(value, Tensor) and name not in planned
     }
     if more:
         yield {**planned, **options, **more}
+
+
+def _stand_in(value: Tensor, shape: torch.Size) -> Tensor | float:
+    """A value for tracing; a number, such as the tokens a loss is divided by, is no input whose gradient counts."""
+    if value.dim() == 0 and not value.requires_grad:
+        return 1.0 if value.is_floating_point() else 1
+    return torch.zeros(shape, dtype=value.dtype)
 
 
 def differentiable(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
