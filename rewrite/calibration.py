@@ -29,7 +29,7 @@ SMALLEST_BYTES, STEP_BYTES, LARGEST_BYTES = 256, 4096, 32 * 2**20
 would be larger than anything a byte could cost."""
 ROUNDS = 3
 LEAST_CALLS, MOST_CALLS = 4, 60
-COLLECTIVES_S, MATMULS_S = 35.0, 15.0  # all of it, in under two minutes with starting and fitting
+COLLECTIVES_S, MATMULS_S = 30.0, 10.0  # all of it, in under two minutes with starting and fitting
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MATMUL_ROWS = (1, 16, 128, 512, 2048, 8192)
 MATMUL_WIDTHS = (256, 1024, 2048, 8192)
