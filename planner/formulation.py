@@ -96,6 +96,9 @@ def formulate(
     return builder.run(memory)
 
 
+_LEAF = Setting(False, ())
+
+
 class _Builder:
     """The state of one formulation; `run` is its only entry."""
 
@@ -106,7 +109,7 @@ class _Builder:
         self.found: Candidates = candidates(graph, pricing.ranks)
         self.block_of = BlockOf(graph)
         self.memo: dict[object, Choices] = {}
-        self.tables: dict[object, tuple[Setting, list[list[Shard]], Choices]] = {}
+        self.tables: dict[object, tuple[Setting, list[list[Shard]], Choices, bool]] = {}
         self.parameter_tables: dict[object, tuple[Table | None, Table | None]] = {}
         self.domain_ids: dict[Domain, int] = {}
         self.object_ids: dict[int, int] = {}
@@ -123,7 +126,7 @@ class _Builder:
         for node in graph.nodes:
             if is_leaf(node):
                 self._leaf(node)
-                out.settings.append(Setting(False, ()))
+                out.settings.append(_LEAF)
                 out.slices.append([])
             else:
                 self._operator(node)
@@ -229,9 +232,10 @@ class _Builder:
                 slices = slice_options(self.graph, node, domains, self.settings.sequences)
             if setting.fixed is not None:
                 slices = fixed_slices(setting)
-            copied = setting, slices, self._tabulated(node, operands, domains, ids, setting, slices)
+            made = self._tabulated(node, operands, domains, ids, setting, slices)
+            copied = setting, slices, made, bool(made.table.any())
             self.tables[(node.template, node.differentiable, ids)] = copied
-        setting, slices, made = copied
+        setting, slices, made, costs = copied
         table = made.table
         variable = self._new(made.domain)
         self.out.variable[node.index] = variable
@@ -240,7 +244,7 @@ class _Builder:
         variables = tuple(self.out.variable[i] for i in operands)
         if len(set(variables)) < len(variables):  # tied operands: the diagonal
             table, variables = _diagonal(table, variables)
-        if table.any():
+        if costs:
             self.factors.append(Factor((*variables, variable), table))
         elif not made.domain:
             raise Infeasible(node.module or "model", f"{node.op} has no placement that its operands allow")

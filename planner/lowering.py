@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,8 +112,10 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
             edits.setdefault(graph.calls[node.call].site, []).append((node.call, edit))
         if node.op == "repeat_heads":
             _edit_repeat(formulation, node, choice, edits)
-        out.compute += choice.compute
-        out.communication += choice.communication
+    counts = Counter(map(id, out.choices.values()))
+    for choice in {id(c): c for c in out.choices.values()}.values():
+        out.compute += choice.compute.times(counts[id(choice)])
+        out.communication += choice.communication.times(counts[id(choice)])
     leaves = {node.fqn: node for node in graph.nodes if node.op == "parameter"}
     out.parameters = [_parameter(leaves[name], out.stored[leaves[name].index]) for name in graph.parameters]
     returned = list(zip(graph.output_paths, graph.outputs, strict=True))
