@@ -1,6 +1,7 @@
 # make demo    plan Llama-3.1-8B for 8 GPUs, then run a small one on 2 CPU ranks
 # make test    what CI runs: ruff, mypy --strict, the layer contract, pytest
 # make bench   planning time and step overhead against their ceilings
+# make fuzz    2,000 random modules, planned, rewritten and compared; goes on where it stopped
 # make bench-links   predicted against measured steps on 2 gloo ranks, at full speed and (root) on slow links
 # make bench-costs   predicted against measured times: collectives, matmuls, published runs
 # make coverage  every model type of transformers, traced, planned and verified: docs/COVERAGE.md (hours; resumes)
@@ -12,7 +13,7 @@ STAMP := .venv/.installed
 # One thread per process: the suite starts several ranks at a time, and CPU seconds are only comparable that way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test coverage bench bench-costs bench-links clean
+.PHONY: demo test coverage bench bench-costs bench-links fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -34,6 +35,9 @@ bench-links: $(STAMP)
 
 bench-costs: $(STAMP)
 	$(BIN)/python tests/bench/costs.py
+
+fuzz: $(STAMP)
+	cd tests && ../$(BIN)/python -m fuzz.run --modules 2000
 
 # torch is asked for by its exact version: pip then takes a CPU build of it (2.13.0+cpu) where one is at hand.
 $(STAMP): constraints.txt pyproject.toml

@@ -100,6 +100,11 @@ NOT_RUN = {
     "prelu_scalar": "no ATen operator",
 }
 
+# Rules that know replicated operands only.
+WHOLE_ONLY = frozenset({
+    "gather", "take_along_dim", "scatter", "scatter_add", "index_copy", "index_fill", "scatter_reduce",
+})  # fmt: skip
+
 CASES: dict[str, list[Case]] = {
     **{name: [case(p(4, 6)), case(p(7))] for name in UNARY},
     **{name: [case(p(4), p(4)), case(p(2, 4, 1), p(4, 6))] for name in BINARY},

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from rule_cases import CASES, NOT_RUN, Case
+from rule_cases import CASES, NOT_RUN, WHOLE_ONLY, Case
 from torch import Tensor
 
 import colrow.planner.head_groups  # noqa: F401  # registers a rule of its own
@@ -32,9 +32,6 @@ from colrow.rewrite.groups import TpGroup
 from colrow.rewrite.vocab import mean_of_shard, vocab_parallel_embedding
 
 GARBAGE = 0.7310
-WHOLE_ONLY = frozenset({
-    "gather", "take_along_dim", "scatter", "scatter_add", "index_copy", "index_fill", "scatter_reduce",
-})  # fmt: skip
 
 
 def layouts(length: int, ranks: int) -> Iterator[Layout]:
