@@ -303,6 +303,8 @@ def main(links: list[str]) -> int:
         errors = [step.error for step in steps if step.link == link]
         out.print(f"{link}: median error {statistics.median(errors):.0%}, largest {max(errors):.0%}")
     wrong, judged = wrong_orders(steps)
+    busy = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
+    out.print(f"Load average {busy}: steps that communicate are in wall seconds, and take longer on a busy machine.")
     out.print(f"{judged - len(wrong)} of {judged} orderings right, where predictions differ by more than 25 %")
     for text in wrong:
         out.print(f"WRONG: {text}")
