@@ -16,9 +16,11 @@ from .edits import CallEdit, OperatorEdit
 from .graph import Call, Node, Ref, numel
 from .placement import Placement, Shard
 from .rules.base import wrapped
+from .rules.pointwise import EACH, FIRST, JOINT, NONLINEAR
 
 Placed = Mapping[int, Placement | tuple[Placement, ...]]
 
+_CALCULATES = frozenset({*EACH, *FIRST, *JOINT, *NONLINEAR})
 _SIZED = frozenset(
     {
         "view",
@@ -112,8 +114,12 @@ def measured_sizes(
     node: Node, call: Call, made: Placement | tuple[Placement, ...], stored: Callable[[int], object]
 ) -> CallEdit | None:
     """Lengths that the code reads from a tensor which is split otherwise than the result: set to what the result
-    needs."""
-    if node.op not in _SIZED or isinstance(made, tuple):
+    needs. A length that is a number to calculate with, as in ``x / x.shape[-1]``, is set to the whole one."""
+    if isinstance(made, tuple):
+        return None
+    if node.op in _CALCULATES:
+        return _whole_lengths(call, stored)
+    if node.op not in _SIZED:
         return None
     sizes = next((a for a in node.arguments[1:] if isinstance(a, (list, tuple))), [])
     if len(sizes) != len(node.shape):
@@ -129,6 +135,15 @@ def measured_sizes(
         needs = made.layout.local if isinstance(made, Shard) and made.dim == dim else length
         if reads != needs:
             edits.append((leaf, reads, needs))
+    return CallEdit(integers=tuple(edits)) if edits else None
+
+
+def _whole_lengths(call: Call, stored: Callable[[int], object]) -> CallEdit | None:
+    edits = []
+    for leaf, value in enumerate(call.leaves):
+        source = stored(value.origin.index) if isinstance(value, Measured) and isinstance(value.origin, Ref) else None
+        if isinstance(source, Shard) and source.dim == value.dim and source.layout.local != int(value):
+            edits.append((leaf, source.layout.local, int(value)))
     return CallEdit(integers=tuple(edits)) if edits else None
 
 

@@ -13,7 +13,7 @@ from fuzz.report import UNREACHED, missed, report
 
 from colrow.planner import planning
 from colrow.planner.plan_model import Plan
-from colrow.planner.rules import RULES, shapes
+from colrow.planner.rules import RULES
 
 FOUND = sorted((Path(__file__).parent / "fuzz" / "found").glob("*.py"))
 SEEDS = range(9000, 9024)  # not among the 2,000 of `make fuzz`
@@ -56,7 +56,7 @@ def test_a_collective_that_is_not_planned_is_seen(tmp_path: Path, monkeypatch: p
 
 def test_a_wrong_rule_is_seen_and_made_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A softmax that may run along its split dim."""
-    monkeypatch.setitem(RULES, "softmax", shapes.RULES["tanh"])
+    monkeypatch.setitem(RULES, "softmax", RULES["tanh"])
     source = FOUND[0].read_text().replace("x.shape[-1]", "24")
     head, _, _ = source.partition("class ")
     source = head + (
