@@ -35,8 +35,8 @@ from .strategies import Choices, fixed_slices, is_leaf, reads, slice_options, ta
 
 REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38
-"""Inside a block, gathering a split activation costs this much more (0.27 s): it is done only where nothing else is
-legal."""
+"""Inside a block, gathering a split activation costs this much more (0.27 s), or eight all_reduces of the hidden state
+on slower links: it is done only where nothing else is legal."""
 MAX_OPERANDS = 5
 """Most distinct operands of an operator that is tabulated in full."""
 
@@ -55,6 +55,7 @@ class Formulation:
         weights: Weights of products and embeddings, by canonical node.
         penalised: Variables of weights that pay for staying replicated.
         whole_outputs: What the model returns is whole on every rank.
+        gather_ps: What gathering inside a block costs beside its time.
         problem: What the solver gets.
     """
 
@@ -68,6 +69,7 @@ class Formulation:
     penalised: set[int]
     flags: dict[str, int]
     whole_outputs: bool = True
+    gather_ps: int = GATHER_PENALTY_PS
     reasons: dict[int, str] = field(default_factory=dict)
     problem: Problem = field(default_factory=lambda: Problem((), ()))
 
@@ -117,7 +119,11 @@ class _Builder:
         self.factors: list[Factor] = []
         self.out = Formulation(graph, pricing, [-1] * len(graph.nodes), [], [], [], self.weights, set(), {})
         self.out.whole_outputs = options.outputs == "whole"
-        self.settings = Settings(graph, options, pricing.ranks, self.found, self.same, self.weights, GATHER_PENALTY_PS)
+        self.crossing = crossing(graph)
+        self.hidden = hidden_bytes(graph, self.crossing)
+        slowest = pricing.collective("all_reduce", self.hidden) if pricing.ranks > 1 else 0
+        self.out.gather_ps = max(GATHER_PENALTY_PS, 8 * slowest)
+        self.settings = Settings(graph, options, pricing.ranks, self.found, self.same, self.weights, self.out.gather_ps)
         self.parameters = ParameterDomains(graph, options, self.found, self.same, self.weights, penalises)
         self.shared_sites = _shared_sites(graph)
 
@@ -294,14 +300,12 @@ class _Builder:
         """Between blocks the hidden state is not split but along the sequence: that is pure time's to choose."""
         if self.options.replicate != "never":
             return
-        crossings = crossing(self.graph)
-        hidden = hidden_bytes(self.graph, crossings)
-        for index in crossings:
+        for index in self.crossing:
             domain = self.out.domain(index)
-            if self.graph.nodes[index].nbytes == hidden and any(map(_is_cut, domain)):
+            if self.graph.nodes[index].nbytes == self.hidden and any(map(_is_cut, domain)):
                 key = ("hidden", self._id(domain))
                 if key not in self.unary:
-                    column = [GATHER_PENALTY_PS * _is_cut(s) for s in domain]
+                    column = [self.out.gather_ps * _is_cut(s) for s in domain]
                     self.unary[key] = np.array(column, dtype=np.int64)
                 self.factors.append(Factor((self.out.variable[index],), self.unary[key]))
 

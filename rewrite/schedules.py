@@ -76,8 +76,7 @@ def chosen(schedules: Sequence[Schedule], given: Mapping[str, Tensor], trains: b
     own = [i for i, schedule in enumerate(schedules) if not schedule.stands_in]
     of_phase = [i for i in own if (phase_of(schedules[i].workload.name) == "train") == trains]
     best = min(of_phase or own, key=lambda i: (_distance(schedules[i], given), i))
-    fits = all(_holds(length, given.get(length.input), ranks) for length in schedules[best].lengths)
-    return best if fits else best + 1
+    return best if _fits(schedules[best].lengths, given, ranks) else best + 1
 
 
 def _distance(schedule: Schedule, given: Mapping[str, Tensor]) -> float:
@@ -86,6 +85,12 @@ def _distance(schedule: Schedule, given: Mapping[str, Tensor]) -> float:
     if not common:
         return math.inf
     return sum(abs(math.log(max(1, planned) / max(1, value.numel()))) for planned, value in common)
+
+
+def _fits(lengths: Sequence[Length], given: Mapping[str, Tensor], ranks: int) -> bool:
+    """Whether the lengths hold; those of inputs left out (a mask, labels) are told by the others, if there are any."""
+    found = [length for length in lengths if length.input in given or length.exactly is not None]
+    return len(found) > 0 and all(_holds(length, given.get(length.input), ranks) for length in found) or not lengths
 
 
 def _holds(length: Length, value: Tensor | None, ranks: int) -> bool:

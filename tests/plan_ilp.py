@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from colrow.planner.formulation import GATHER_PENALTY_PS, Formulation, parameter_gradient_ps
+from colrow.planner.formulation import Formulation, parameter_gradient_ps
 from colrow.planner.graph import Node
 from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
@@ -126,7 +126,7 @@ class PlanIlp:
         for index in crossings:
             if self.graph.nodes[index].nbytes == hidden:
                 for s, column in self.stored(index).items():
-                    self.cost[column] += GATHER_PENALTY_PS * isinstance(s, Shard)
+                    self.cost[column] += self.of.gather_ps * isinstance(s, Shard)
 
     def _pinned(self) -> None:
         for index in self.graph.whole:
