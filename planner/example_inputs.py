@@ -80,10 +80,12 @@ def example_inputs(
         if not cached:
             inputs.update(image_inputs(model, accepted, batch, dtype, generator))
         inputs.update(audio_inputs(model, accepted, batch, dtype, generator))
-    if phase != "decode" and "input_ids" in inputs and "pixel_values" in inputs:
-        inputs["input_ids"] = _with_image_tokens(model, config, inputs)
+    if phase != "decode" and "input_ids" in inputs:
+        for kind, source in (("image", "pixel_values"), ("audio", "input_features")):
+            if source in inputs:
+                inputs |= _with_tokens_of(kind, source, model, config, inputs)
     if "mm_token_type_ids" in accepted and "pixel_values" in inputs:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).to(torch.int)
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == getattr(config, "image_token_id", -1)).to(torch.int)
     if "input_ids" in inputs and "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "decoder_input_ids" in accepted:
@@ -123,35 +125,42 @@ def _token_ids(config: PreTrainedConfig, batch: int, length: int, generator: tor
     return plain[torch.randint(len(plain), (batch, length), generator=generator)]
 
 
-def _with_image_tokens(model: Any, config: PreTrainedConfig, inputs: dict[str, Any]) -> torch.Tensor:
-    """Ids [batch, positions of one image + tokens] where a model writes image features over the image's own token.
+def _with_tokens_of(
+    kind: str, source: str, model: Any, config: PreTrainedConfig, inputs: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Ids [batch, positions + tokens] where a model writes features of an image or sound over that kind's own token.
 
-    How many positions an image takes is what the model's image features say, computed on fake weights. A model that
-    keeps images and text apart gets its ids back.
+    How many positions they take is what the model's features say, computed on fake weights; a model of several images
+    per sequence gets one of them. A model that keeps them and text apart gets its ids back.
     """
     ids: torch.Tensor = inputs["input_ids"]
-    token = getattr(config, "image_token_id", None)
-    if type(token) is not int or not hasattr(model, "get_image_features"):
-        return ids
-    try:
-        taken = _image_positions(model, inputs) // len(ids)
-    except Exception as error:  # the model's own code, given inputs that are a guess
-        raise SourceError(
-            f"example inputs of {type(model).__name__}",
-            f"its image features cannot be computed from these inputs: {type(error).__name__}: {first_line(error)}",
-            remedy="Pass package.module:factory, which returns the model with inputs of your own.",
-        ) from error
-    return torch.cat([torch.full((len(ids), taken), token), ids], dim=1)
-
-
-def _image_positions(model: Any, inputs: dict[str, Any]) -> int:
-    """Feature vectors that the images of ``inputs`` become, all together."""
-    accepted = inspect.signature(model.get_image_features).parameters
+    token = getattr(config, f"{kind}_token_id", None)
+    features = getattr(model, f"get_{kind}_features", None)
+    if type(token) is not int or features is None:
+        return {}
+    accepted = {source, *inspect.signature(features).parameters}
     given = {name: value for name, value in inputs.items() if name in accepted}
-    features = _on_fake_weights(model, model.get_image_features, given)
-    images = getattr(features, "pooler_output", features)
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    return sum(image.shape[:-1].numel() for image in images)
+    refused: Exception | None = None
+    for values in (inputs[source], inputs[source].unsqueeze(1)):
+        try:
+            taken = _positions_taken(_on_fake_weights(model, features, {**given, source: values})) // len(ids)
+        except Exception as error:  # the model's own code, given inputs that are a guess
+            refused = refused or error
+            continue
+        return {source: values, "input_ids": torch.cat([torch.full((len(ids), taken), token), ids], dim=1)}
+    assert refused is not None
+    raise SourceError(
+        f"example inputs of {type(model).__name__}",
+        f"its {kind} features cannot be computed from these inputs: {type(refused).__name__}: {first_line(refused)}",
+        remedy="Pass package.module:factory, which returns the model with inputs of your own.",
+    ) from refused
+
+
+def _positions_taken(features: Any) -> int:
+    """Feature vectors that all images or sounds together became."""
+    vectors = getattr(features, "pooler_output", features)
+    vectors = list(vectors) if isinstance(vectors, list | tuple) else [vectors]
+    return sum(part.shape[:-1].numel() for part in vectors)
 
 
 def runs(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...]) -> bool:

@@ -21,6 +21,12 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 
 _FACTORIES = frozenset({torch.arange, torch.zeros, torch.ones, torch.full, torch.tensor, torch.eye, torch.as_tensor})
+# What reads only the shape of its second operand.
+_SHAPED_AS: dict[Any, Any] = {
+    Tensor.expand_as: Tensor.expand,
+    Tensor.view_as: Tensor.view,
+    Tensor.reshape_as: Tensor.reshape,
+}
 _CHECKS = ("_check_tensor_all_with", "_check_tensor_all")
 
 
@@ -43,13 +49,30 @@ class KnownValues(TorchFunctionMode):
         """Runs ``func`` outside of the trace where all it reads is known."""
         kwargs = kwargs or {}
         read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in _SHAPED_AS and not isinstance(args[0], FakeTensor):
+            args, func = (args[0], args[1].shape), _SHAPED_AS[func]
+            read = [args[0]]
         if read and not any(isinstance(tensor, FakeTensor) for tensor in read):
             return _outside(func, args, kwargs)
         if not read and func in _FACTORIES:
             made = _outside(func, args, kwargs)
             if not made.is_floating_point() and not made.is_complex():
                 return made
+        if func is Tensor.__getitem__:
+            args = (args[0], _as_positions(args[1]))
         return func(*args, **kwargs)
+
+
+def _as_positions(index: Any) -> Any:
+    """An index with known masks as the positions they select: how many is known then, too."""
+    parts = index if isinstance(index, tuple) else (index,)
+    found: list[Any] = []
+    for part in parts:
+        known = isinstance(part, Tensor) and part.dtype is torch.bool and not isinstance(part, FakeTensor)
+        found += _outside(torch.Tensor.nonzero, (part,), {"as_tuple": True}) if known else [part]
+    return (
+        index if len(found) == len(parts) and all(a is b for a, b in zip(found, parts, strict=True)) else tuple(found)
+    )
 
 
 def _outside(func: Any, args: Any, kwargs: Any) -> Any:

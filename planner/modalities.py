@@ -64,7 +64,10 @@ def image_inputs(
         if "pixel_attention_mask" in accepted:
             inputs["pixel_attention_mask"] = torch.ones(batch, side * side, dtype=torch.long)
         return inputs
-    return {pixels: noise(batch, *_image_shape(config, first))}
+    shape = _image_shape(config, first)
+    if isinstance(first, nn.Linear) and first.in_features == _patch_values(vision, None):
+        return {pixels: noise(batch, SIDE * SIDE, first.in_features)}
+    return {pixels: noise(batch, *shape)}
 
 
 def audio_inputs(
@@ -92,8 +95,15 @@ def audio_inputs(
 
 
 def part_of(config: Any, names: tuple[str, ...]) -> Any:
-    """The first sub-configuration of these names, or the configuration itself."""
-    return next((part for name in names if hasattr(part := getattr(config, name, None), "to_dict")), config)
+    """The first sub-configuration of these names, at any depth, or the configuration itself."""
+    return _part_in(config, names) or config
+
+
+def _part_in(config: Any, names: tuple[str, ...]) -> Any:
+    own = (getattr(config, name, None) for name in names)
+    inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    direct = next((part for part in own if hasattr(part, "to_dict")), None)
+    return direct or next((part for sub in inner if sub is not None and (part := _part_in(sub, names))), None)
 
 
 def first_layer(model: nn.Module, pattern: str) -> nn.Module | None:

@@ -42,8 +42,8 @@ PATCHES = 4  # per side of an image
 HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "embedding_size")
 
 
-Kept = Literal["", "head dims", "widths"]
-KEEPS: tuple[Kept, ...] = ("", "head dims", "widths")  # in the order in which versions are tried
+Kept = Literal["", "head dims", "layers", "widths"]
+KEEPS: tuple[Kept, ...] = ("", "head dims", "layers", "widths")  # in the order in which versions are tried
 
 
 def small_config(config: PreTrainedConfig, *, divisible_by: int = 4, keep: Kept = "") -> PreTrainedConfig:
@@ -55,13 +55,14 @@ def small_config(config: PreTrainedConfig, *, divisible_by: int = 4, keep: Kept 
             replaced by one that it divides, any other by one that it does not; other dims stay multiples of 8 per rank
             where they were.
         keep: What stays as it is, for models whose code knows sizes that no field gives: head dims (rotary sections),
-            or all widths and head counts.
+            layers (outputs of some taken by number), or all widths and head counts.
     """
     full, config = configs_in(config), copy.deepcopy(config)
     parts = configs_in(config)
     sizes = _Sizes.of(full, divisible_by, keep)
     for whole, part in zip(full, parts, strict=True):
-        keep_layers(part)
+        if keep != "layers":
+            keep_layers(part)
         for name, value in list(vars(part).items()):
             rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
             if rule is not None and not (keep == "widths" and rule in WIDTHS):
@@ -88,7 +89,7 @@ class _Sizes:
         counts = {n for part in parts for n in _numbers(part, HEADS) if n > 1}
         heads = _head_factor(counts, divisible_by) if keep != "widths" else Fraction(1)
         dims = {(dim, _rotary_share(part)) for part in parts for dim in _head_dims(part)}
-        head_dim = _head_dim_factor(dims) if not keep else Fraction(1)
+        head_dim = _head_dim_factor(dims) if keep in ("", "layers") else Fraction(1)
         hidden = max((size for part in parts if (size := _hidden(part))), default=UNTIED_HIDDEN)
         width = heads * head_dim
         if not dims:  # no heads, or heads that do not divide the hidden size and yet get a floor of it each

@@ -77,7 +77,8 @@ def workload_of(name: str, inputs: Inputs, context: int, weight: float = 1.0) ->
     """
     tensors, values = [], []
     named = dict(enumerate(inputs)) if isinstance(inputs, tuple) else dict(inputs)
-    described = any(isinstance(value, Tensor) and _describes(value) for value in named.values())
+    # Which of the tokens stand for an image or a sound, and of what size.
+    described = any(isinstance(v, Tensor) and (v.is_floating_point() or _describes(v)) for v in named.values())
     for path, value in named.items():
         if isinstance(value, Tensor):
             tensors.append((str(path), str(value.dtype).removeprefix("torch."), tuple(value.shape)))
@@ -98,8 +99,8 @@ _LONGEST = 4  # of the last dim of an input that describes others: time, height 
 
 
 def _kept_values(tensor: Tensor, described: bool) -> list[Any]:
-    """What control flow may read of an input, at most one entry: a constant other than 0 as a number; where some input
-    describes others, every integer one as nested lists (which of the tokens stand for an image, and of what size).
+    """What control flow may read of an input, at most one entry: a constant other than 0 as a number; beside
+    inputs that it describes, an integer one as nested lists.
     """
     if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel() or tensor.device.type == "meta":
         return []
