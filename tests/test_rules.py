@@ -8,8 +8,13 @@ in what stands for a parameter.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,6 +24,7 @@ from rule_cases import CASES, NOT_RUN, WHOLE_ONLY, Case
 from torch import Tensor
 
 import colrow.planner.head_groups  # noqa: F401  # registers a rule of its own
+import colrow.planner.rules as rules
 from colrow.planner.call_record import flat
 from colrow.planner.edits import CallEdit
 from colrow.planner.graph import Call, Node, Ref
@@ -32,6 +38,8 @@ from colrow.rewrite.groups import TpGroup
 from colrow.rewrite.vocab import mean_of_shard, vocab_parallel_embedding
 
 GARBAGE = 0.7310
+RULE_FILES = str(Path(rules.__file__).parent)
+REGISTRATION = frozenset({"rule", "register", "factored", "derived"})
 
 
 def layouts(length: int, ranks: int) -> Iterator[Layout]:
@@ -178,15 +186,7 @@ class Run:
             Wrong: The operator on local operands does not do what the rule says.
         """
         accepted = split = 0
-        for combination in itertools.product(*(placements(t, ranks) for t in self.tensors)):
-            placed = dict(enumerate(combination))
-            made = rule(Operation(self.node, self.nodes, placed))
-            if made is None:
-                continue
-            results = made if isinstance(made, tuple) else (made,) * max(1, len(self.node.outputs))
-            edit = local_form(self.node, self.record, placed, results if self.node.outputs else results[0])
-            if isinstance(edit, str) or (edit is not None and edit.operator and edit.operator.name == "rank_random"):
-                continue
+        for combination, results, edit in self.answers(rule, ranks):
             accepted += 1
             split += any(p != WHOLE for p in combination)
             try:
@@ -196,6 +196,21 @@ class Run:
             except (RuntimeError, IndexError, ValueError) as error:
                 raise Wrong(f"{self.name} {_text(combination)} -> {_text(results)} fails: {error}") from error
         return accepted, split
+
+    def answers(
+        self, rule: RuleFunction, ranks: int
+    ) -> Iterator[tuple[tuple[Placement, ...], tuple[Placement, ...], CallEdit | None]]:
+        """Every combination that the rule accepts and a call can run: operands, results, the call's edit."""
+        for combination in itertools.product(*(placements(t, ranks) for t in self.tensors)):
+            placed = dict(enumerate(combination))
+            made = rule(Operation(self.node, self.nodes, placed))
+            if made is None:
+                continue
+            results = made if isinstance(made, tuple) else (made,) * max(1, len(self.node.outputs))
+            edit = local_form(self.node, self.record, placed, results if self.node.outputs else results[0])
+            if isinstance(edit, str) or (edit is not None and edit.operator and edit.operator.name == "rank_random"):
+                continue
+            yield combination, results, edit
 
     def _compare(
         self, combination: Sequence[Placement], results: Sequence[Placement], edit: CallEdit | None, ranks: int
@@ -281,6 +296,59 @@ def test_rule(name: str) -> None:
             assert accepted
             split += apart
     assert bool(split) == (name not in WHOLE_ONLY)
+
+
+Line = tuple[str, int]
+
+
+def lines_of(rule: RuleFunction, reached: set[Line]) -> RuleFunction:
+    """``rule``, which notes in ``reached`` the lines of the rules' files that it ran for its last answer."""
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if not frame.f_code.co_filename.startswith(RULE_FILES):
+            return None
+        if event == "line":
+            reached.add((Path(frame.f_code.co_filename).name, frame.f_lineno))
+        return trace
+
+    def traced(op: Operation) -> Any:
+        reached.clear()
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return rule(op)
+        finally:
+            sys.settrace(before)
+
+    return traced
+
+
+def answering_lines() -> set[Line]:
+    """Where the rules' files return something that may be an answer: every ``return`` but ``return None``."""
+    found: set[Line] = set()
+    for path in (*Path(RULE_FILES).glob("*.py"),):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef) and function.name not in REGISTRATION:
+                returns = [n for n in ast.walk(function) if isinstance(n, ast.Return)]
+                answers = [n for n in returns if not (isinstance(n.value, ast.Constant) and n.value.value is None)]
+                found |= {(path.name, n.lineno) for n in answers}
+    return found
+
+
+def test_every_answer_of_every_rule_is_executed() -> None:
+    """A branch of a rule that no combination of any case reaches, so that `test_rule` cannot prove it, fails here."""
+    executed: set[Line] = set()
+    for name, cases in CASES.items():
+        for case in cases:
+            reached: set[Line] = set()
+            for _ in Run(name, case).answers(lines_of(RULES[name], reached), 2):
+                executed |= reached
+    for name in NOT_RUN:
+        lines, start = inspect.getsourcelines(RULES[name])
+        file = Path(inspect.getfile(RULES[name])).name
+        executed |= {(file, line) for line in range(start, start + len(lines))}
+    never = sorted(answering_lines() - executed)
+    assert not never, f"rules answer here without ever being executed: {never}"
 
 
 def _accepting(*answers: tuple[type, ...]) -> Callable[[Operation], Any]:

@@ -57,8 +57,6 @@ def other_reduction(op: Operation) -> Result:
     dims = op.argument(position, "dim")
     if isinstance(dims, bool):  # var(x, unbiased)
         dims = None
-    if not (dims is None or isinstance(dims, (int, list, tuple))):
-        return WHOLE if all_whole(op) else None
     gone, keepdim = _reduced(op, dims)
     return _reduce(op, gone, keepdim, None, None)
 
