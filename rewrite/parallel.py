@@ -29,6 +29,7 @@ from .clones import Replacement
 from .collectives import all_reduce, apply_move
 from .groups import TpGroup, group_of, tp_mesh
 from .identity import identity
+from .random_draws import RefuseTraining, lacks_draws
 from .ranks import agree
 from .regions import install_regions
 from .replacements import scheduled
@@ -60,7 +61,7 @@ def parallelize(
     """
     axis, group = tp_mesh(mesh), group_of(mesh)
     _agree(plan, group)
-    dense, returned = together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
+    dense, (returned, draws_alike) = together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
     with all_or_nothing(model):
         running = Running(plan.schedules)
         together(lambda: edit_bodies(model, plan, group, running), group, "parallelize")
@@ -71,6 +72,8 @@ def parallelize(
         if len(edits) > 1:
             chooses = ChooseSchedule(model, plan.schedules, running, plan.tp)
             model.register_forward_pre_hook(chooses, with_kwargs=True)
+        if draws_alike:
+            model.register_forward_pre_hook(RefuseTraining())
         install_regions(model, outermost(block_paths(model)), stored, group, running, edits)
         if any(one.inputs for one in edits):
             inputs = InputGradients([one.inputs for one in edits], group, running)
@@ -84,8 +87,9 @@ def parallelize(
     return model
 
 
-_validated: dict[tuple[str, str], tuple[frozenset[str], ...]] = {}
-"""By the plan's digest and the model's identity: what each schedule's forward returns."""
+_validated: dict[tuple[str, str], tuple[tuple[frozenset[str], ...], bool]] = {}
+"""By the plan's digest and the model's identity: what each schedule's forward returns, and whether the plan lacks what
+training needs."""
 _validating = threading.Lock()
 
 
@@ -118,12 +122,13 @@ def _same_random_state(group: TpGroup) -> None:
 
 def _check(
     model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None
-) -> tuple[nn.Module, tuple[frozenset[str], ...]]:
+) -> tuple[nn.Module, tuple[tuple[frozenset[str], ...], bool]]:
     """Everything that can be refused, before anything is changed. A plan is validated once per process, for models
     that are alike.
 
     Returns:
-        A copy on meta, and the paths of what each schedule's forward returns.
+        A copy on meta; the paths of what each schedule's forward returns, and whether training would draw alike on
+        all ranks (`lacks_draws`).
     """
     refuse_unsuitable(model)
     check_same_model(model, plan)
@@ -137,7 +142,7 @@ def _check(
             edited = with_local_shapes(model, plan)
             running = Running(plan.schedules)
             edit_bodies(edited, plan, group, running)
-            _validated[key] = validate(dense, edited, plan, running)
+            _validated[key] = validate(dense, edited, plan, running), lacks_draws(dense, plan)
         return dense, _validated[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from colrow.cost_models.errors import RankError
 from colrow.planner.planning import plan
 from colrow.planner.sources import source_from_config
 from colrow.rewrite.counting import fixed_loss
@@ -139,3 +141,24 @@ def test_llama_attention_dropout():
     )
     assert loss == other_loss
     assert copies and all(torch.equal(copies[name], other_copies[name]) for name in copies)
+
+
+def test_a_plan_made_in_evaluation_is_refused_in_training_where_split_heads_drop() -> None:
+    """Without an edit of the dropout, all ranks would draw the same for different heads: nobody would see it."""
+    def run(rate: float, trains: bool) -> bool:
+        config = gpt2("sdpa").model.config
+        config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = rate
+        source = source_from_config(config, batch=2, seq=8, dtype="fp32")
+        model = source.build().eval()
+        made = plan(model, source.example_inputs, tp=2)
+
+        def step() -> bool:
+            local = parallelize(copy.deepcopy(model), made)
+            local.train(trains)
+            return bool(local(**source.example_inputs).logits.isfinite().all())
+
+        return all(run_ranks(step, 2))
+
+    assert run(0.1, trains=False) and run(0.0, trains=True)
+    with pytest.raises(RankError, match="planned in evaluation, it has dropout in split regions"):
+        run(0.1, trains=True)
