@@ -14,7 +14,7 @@ reader far upstream cuts it into padded slices; a reader that would break on the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ TINY = 1e-300
 POSITIVE: Interval = (TINY, math.inf)
 
 # f(x) where f never falls and is finite on all numbers.
-_RISING = {
+_RISING: dict[str, Callable[[float], float]] = {
     "exp": lambda x: max(math.exp(min(x, 700.0)), TINY),
     "expm1": lambda x: math.expm1(min(x, 700.0)),
     "relu": lambda x: max(x, 0.0),
