@@ -64,7 +64,8 @@ def _complete(config: PreTrainedConfig) -> None:
         if open_ and (name not in _ONLY_WITH or getattr(config, _ONLY_WITH[name], None) is not None):
             setattr(config, name, value)
     for key in config.sub_configs:
-        if hasattr(part := getattr(config, key, None), "sub_configs"):
+        part: Any = getattr(config, key, None)
+        if hasattr(part, "sub_configs"):
             _complete(part)
 
 
