@@ -8,6 +8,12 @@ from fuzz.writer import Scope, Value
 
 Operator = Callable[[Scope, Value, list[Value]], Value | None]
 OPERATORS: dict[str, Operator] = {}
+# Rows of several forms are drawn more often, so that every form is.
+FORMS = {
+    "gather_rows": 8, "write_rows": 12, "write_slice": 3, "made_new": 6, "pad": 4, "triangle": 4, "swap": 6,
+    "repeat": 4, "join": 5, "cut": 5, "pair": 6, "convolve": 4, "insert": 3, "as_other": 4, "take_one": 3, "ravel": 2,
+    "largest": 3,
+}  # fmt: skip
 
 # One value in, one of its shape out. Kept near 1, and away from where a rounding error changes the result: a centred
 # value's mean is 0 or 1e-17, so nothing is compared with 0.
@@ -49,7 +55,7 @@ BINARY = (
     "{a} * torch.bitwise_xor({a} > 0.011, {b} > 0.013)", "{a} * torch.bitwise_not({b} > 0.013)",
     "{a} * ({a} != {b} + 7.1)", "{a} + ({a} == {b} + 7.1)", "{a} + torch.eq({a}, {b} + 7.1).type_as({a})",
     "F.silu({a}) * {b}", "F.gelu({b}) * {a}", "torch.floor_divide({a}.detach() + 0.3, {b}.detach().abs() + 1) + {b}",
-    "{a} * (1 << (3 * {b}.sigmoid()).long())", "{a} * ((9 * {b}.sigmoid()).long() >> 1)",
+    "{a} * (1 << (3 * {b}.sigmoid()).long())", "{a} * torch.bitwise_right_shift((9 * {b}.sigmoid()).long(), 1)",
     "torch.div({a}.detach() + 0.3, {b}.detach().abs() + 1, rounding_mode='floor') + {a}",
 )  # fmt: skip
 

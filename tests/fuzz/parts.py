@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fuzz.operators import OPERATORS, divisors
+from fuzz.operators import FORMS, OPERATORS, divisors
 from fuzz.writer import MAX_NUMEL, Scope, Value
 
 Part = Callable[[Scope, Value], Value]
@@ -234,10 +234,10 @@ def soup(w: Scope, x: Value) -> Value:
         pool.append(
             w.let(f"{value.text}.view({w.lead(value, 1)}, {a}, {value.shape[-1] // a})", b, s, a, value.shape[-1] // a)
         )
-    rows = list(OPERATORS.values())
-    for _ in range(w.rng.randint(3, 9)):
+    rows, weights = list(OPERATORS.values()), [FORMS.get(name, 1) for name in OPERATORS]
+    for row in w.rng.choices(rows, weights, k=w.rng.randint(5, 14)):
         value = w.rng.choice(pool[-3:])
-        made = w.rng.choice(rows)(w, value, pool)
+        made = row(w, value, pool)
         if made is not None and made.numel <= MAX_NUMEL and made.shape[:2] == (b, s):
             pool.append(made)
     ends = [pool[-1]] + ([w.rng.choice(pool)] if w.chance(0.4) else [])

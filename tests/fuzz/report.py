@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from fuzz.check import Outcome
 from rule_cases import NOT_RUN, WHOLE_ONLY
 
 from colrow.planner.rules import RULES
+from fuzz.check import Outcome
 
 MAX_REFUSED = 0.02
 MAX_REPLICATED = 0.3
@@ -23,6 +23,21 @@ MOVES = (
 UNREACHED = NOT_RUN | {
     "_grouped_mm": "knows no float64, in which modules are compared",
     "grouped_mm_fallback": "transformers' own operator",
+    **dict.fromkeys(
+        (
+            "contiguous",
+            "conj",
+            "_to_copy",
+            "type_as",
+            "__invert__",
+            "norm",
+            "_softmax",
+            "_log_softmax",
+            "_unsafe_view",
+            "constant_pad_nd",
+        ),
+        "another name stands in traces",
+    ),
 }
 
 
