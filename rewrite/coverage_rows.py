@@ -54,6 +54,7 @@ class Status(StrEnum):
     REFUSED = "refused"  # translation validation: the rewritten model is not the planned one
     NOT_RUNNING = "does not run"  # a rank failed
     WRONG = "wrong"
+    UNDECIDED = "undecided"  # the dense model itself moves as much when its weights change in the last digits
     WHOLE = "mostly whole"  # right, with under 90 % of the matmul bytes split
     TIMED_OUT = "timed out"
     MEMORY = "out of memory"

@@ -135,6 +135,11 @@ def _steps(model: nn.Module, inputs: Inputs, optimiser: str, full: Full, whole: 
     return made
 
 
+def steps_of(dense: nn.Module, inputs: Inputs, optimiser: str) -> Steps:
+    """What a dense model does in ``STEPS`` steps; trains it in place."""
+    return _steps(dense, inputs, optimiser, _whole, _as_it_is)
+
+
 def _on_rank(dense: nn.Module, inputs: Inputs, p: Plan) -> dict[str, Steps]:
     """One rank's part of ``verify``; rank 0 returns the dense tensors, the others what must be equal to its."""
     specs = {parameter.edit.fqn: spec_of(parameter.edit, p.schedules[0].edits) for parameter in p.parameters}

@@ -1,0 +1,65 @@
+"""Whether a comparison can tell anything: how far a dense model moves when its own weights change in the last digits.
+
+A small random model may amplify rounding (a layer repeated twelve times, gradients that vanish and are divided by their
+own size). Where the dense model, its weights nudged by rounding, differs from itself as much as the rewritten one does,
+the difference says nothing about the rewrite. That is no verdict: such a model is neither right nor wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from colrow.planner.random_weights import randomize
+from colrow.planner.trace import Inputs
+
+from .comparison import FLOAT64_TOLERANCE, Report, error_of
+from .random_inputs import random_inputs
+from .verification import steps_of
+
+NUDGES = {True: 1e-13, False: 1e-7}  # relative, in float64 and where the model computes in float32
+FACTOR = 10.0  # the rewritten model rounds at every operator, the nudged one only in its weights
+
+
+def decides_nothing(build_model: Callable[[], nn.Module], example_inputs: Inputs, report: Report) -> bool:
+    """Whether every tensor that ``report`` finds wrong is as wrong in the nudged dense model.
+
+    What rounding cannot explain decides: gradients that are None on one side, ranks or collectives that differ.
+    """
+    if report.none_gradients or report.unequal or report.collectives_planned != report.collectives_executed:
+        return False
+    others = (*report.small_gradients.values(), *report.buffer_errors.values())
+    if any(not error <= report.tolerance for error in others):
+        return False
+    dense = randomize(build_model().double()).eval()
+    inputs = random_inputs(dense, example_inputs, torch.float64)
+    nudged = _nudged(dense, NUDGES[report.tolerance <= FLOAT64_TOLERANCE])
+    for index, training in enumerate(report.trainings):
+        true = steps_of(copy.deepcopy(dense), inputs, training.optimiser)
+        moved = steps_of(copy.deepcopy(nudged), inputs, training.optimiser)
+        pairs = [(training.parameters, moved.parameters, true.parameters)]
+        if index == 0:
+            gradients = ({n: g for n, g in one.gradients.items() if g is not None} for one in (moved, true))
+            pairs += [(report.gradient_errors, *gradients), (report.output_errors, moved.outputs, true.outputs)]
+        scales = zip(training.losses, moved.losses, true.losses, true.loss_scales, strict=True)
+        scales_of_norms = zip(training.norms, moved.norms, true.norms, true.norms, strict=True)
+        for error, nudged_value, value, scale in (*scales, *scales_of_norms):
+            if not error <= max(report.tolerance, FACTOR * abs(nudged_value - value) / (scale or 1.0)):
+                return False
+        for errors, found, expected in pairs:
+            wrong = [name for name, error in errors.items() if not error <= report.tolerance]
+            if any(not errors[name] <= FACTOR * error_of(found[name], expected[name]) for name in wrong):
+                return False
+    return True
+
+
+def _nudged(dense: nn.Module, size: float) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    nudged = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in nudged.parameters():
+            parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return nudged
