@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.planner.random_weights import randomize
 from colrow.planner.trace import Inputs
@@ -42,8 +42,10 @@ def decides_nothing(build_model: Callable[[], nn.Module], example_inputs: Inputs
         moved = steps_of(copy.deepcopy(nudged), inputs, training.optimiser)
         pairs = [(training.parameters, moved.parameters, true.parameters)]
         if index == 0:
-            gradients = ({n: g for n, g in one.gradients.items() if g is not None} for one in (moved, true))
-            pairs += [(report.gradient_errors, *gradients), (report.output_errors, moved.outputs, true.outputs)]
+            pairs += [
+                (report.gradient_errors, _present(moved.gradients), _present(true.gradients)),
+                (report.output_errors, moved.outputs, true.outputs),
+            ]
         scales = zip(training.losses, moved.losses, true.losses, true.loss_scales, strict=True)
         scales_of_norms = zip(training.norms, moved.norms, true.norms, true.norms, strict=True)
         for error, nudged_value, value, scale in (*scales, *scales_of_norms):
@@ -54,6 +56,10 @@ def decides_nothing(build_model: Callable[[], nn.Module], example_inputs: Inputs
             if any(not errors[name] <= FACTOR * error_of(found[name], expected[name]) for name in wrong):
                 return False
     return True
+
+
+def _present(gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
 def _nudged(dense: nn.Module, size: float) -> nn.Module:
