@@ -14,6 +14,7 @@ time outweighs, so it does so only if no legal split exists.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -300,7 +301,11 @@ class _Builder:
         """Between blocks the hidden state is not split but along the sequence: that is pure time's to choose."""
         if self.options.replicate != "never":
             return
+        products = Counter(weight.block for weight in self.weights.values())
         for index in self.crossing:
+            around = {self.block_of(self.graph.nodes[i].module) for i in (index, *self.settings.users[index])}
+            if not any(products[block] > 1 for block in around if block):
+                continue  # single layers in a row: what is between two of them is the inside of a pair
             domain = self.out.domain(index)
             if self.graph.nodes[index].nbytes == self.hidden and any(map(_is_cut, domain)):
                 key = ("hidden", self._id(domain))

@@ -7,6 +7,7 @@ stored as s; ``z[o, k]`` operator o is run in way k; ``w[b]`` block b reduces pa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
@@ -20,7 +21,7 @@ from colrow.planner.graph import Node
 from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
 from colrow.planner.returned_values import RETURNED
-from colrow.planner.roles import BlockOf, crossing, hidden_bytes
+from colrow.planner.roles import BlockOf, crossing, hidden_bytes, weights
 from colrow.planner.storing import Stored, beside_time, price_move
 from colrow.planner.strategies import choices, cuts, is_leaf, reads
 
@@ -123,8 +124,11 @@ class PlanIlp:
     def _hidden_states(self) -> None:
         crossings = crossing(self.graph)
         hidden = hidden_bytes(self.graph, crossings)
+        block_of, products = BlockOf(self.graph), Counter(w.block for w in weights(self.graph).values())
         for index in crossings:
-            if self.graph.nodes[index].nbytes == hidden:
+            readers = [n.index for n in self.graph.nodes if index in n.operands]
+            blocks = {block_of(self.graph.nodes[i].module) for i in (index, *readers)} - {""}
+            if self.graph.nodes[index].nbytes == hidden and any(products[block] > 1 for block in blocks):
                 for s, column in self.stored(index).items():
                     self.cost[column] += self.of.gather_ps * isinstance(s, Shard)
 

@@ -11,7 +11,7 @@ from colrow.rewrite.generation import compare_tokens
 @pytest.mark.parametrize(
     ("script", "last_line"),
     [
-        ("demo.py", "✓ each rank holds its slices alone"),
+        ("demo.py", "✓ each rank read and holds its slices alone"),
         ("plain_module.py", "the ranks' logits are the dense model's"),
         ("hf_model.py", "the ranks' tokens are the dense model's"),
         ("train_2d.py", "the losses are the dense run's, before and after the checkpoint"),

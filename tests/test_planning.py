@@ -220,3 +220,14 @@ def test_a_pin_that_no_layout_meets_is_refused() -> None:
 def test_a_pin_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match=r"pin blocks\.\*\.mpl: no parameter of the model has such a path"):
         plan(Decoder(2), IDS, tp=2, pin={"blocks.*.mpl": "row"})
+
+
+@pytest.mark.parametrize("phase", ["prefill", "train"])
+def test_single_layers_in_a_row_are_split_in_pairs(phase: str) -> None:
+    """Every child of a Sequential is a block; what lies between two layers is no hidden state to be kept whole."""
+    pairs = [layer for _ in range(3) for layer in (nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU())]
+    made = plan(nn.Sequential(*pairs), (torch.zeros(4, 64),), tp=2, phase=phase)
+    words = [made.layers[f"{4 * n + at}.weight"] for n in range(3) for at in (0, 2)]
+    assert words == ["column", "row"] * 3
+    assert (made.count("all_reduce", "forward"), made.count("all_reduce", "backward")) == (3, 2)
+    assert not made.count("all_gather", category=None)

@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from changed_plans import with_edits
 from torch import nn
 
 from colrow.cost_models.errors import UsageError
@@ -87,12 +88,13 @@ def test_a_right_model_is_right(ranks):
 
 
 def test_a_dropped_reduction_shows_in_values_and_counts(monkeypatch):
-    def edit_bodies(model, calls, group):
+    def edit_bodies(model, plan, group, running):
+        calls = plan.schedules[0].edits.calls
         dropped = next(site for site, edit in calls.items() if edit.result and edit.result.forward == "all_reduce")
         if next(model.parameters()).is_meta:  # the copy that is validated
-            return real(model, calls, group)
+            return real(model, plan, group, running)
         fewer = {site: replace(e, result=None) if site == dropped else e for site, e in calls.items()}
-        return real(model, fewer, group)
+        return real(model, with_edits(plan, calls=fewer), group, running)
 
     real = parallel.edit_bodies
     monkeypatch.setattr(parallel, "edit_bodies", edit_bodies)
