@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from fuzz.check import Outcome, check
 from fuzz.modules import generate
 from fuzz.report import missed, report
