@@ -31,13 +31,12 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
     return [w // shared for w in whole]
 
 
-def solve_together(formulations: Sequence[Formulation], weights: Sequence[int], heaviest: int) -> Solution:
-    """The cheapest layout and moves of all workloads; the assignment is that of `joined`.
+def solve_together(formulations: Sequence[Formulation], weights: Sequence[int], problem: Problem) -> Solution:
+    """The cheapest layout and moves of all workloads; ``problem`` is theirs, `joined`, and so is the assignment.
 
     Raises:
         Infeasible: As of `solve`.
     """
-    problem = joined(formulations, weights, heaviest)
     alone = [solve(replace(f.problem, memory_cap=None)) for f in formulations]
     bound = sum(w * s.lower_bound for w, s in zip(weights, alone, strict=True))
     found = [s for s in (_with_layout_of(n, formulations, alone, problem, bound) for n in range(len(alone))) if s]

@@ -60,7 +60,7 @@ def solve_jointly(
         ]
         alone = len(formulations) == 1
         problem = formulations[0].problem if alone else joined(formulations, weights, heaviest)
-        solution = solve(problem) if alone else solve_together(formulations, weights, heaviest)
+        solution = solve(problem) if alone else solve_together(formulations, weights, problem)
         if evaluate(problem, solution.assignment) != solution.cost:
             raise AssertionError("re-pricing gives another cost than the solver")
         try:

@@ -89,8 +89,10 @@ def _distance(schedule: Schedule, given: Mapping[str, Tensor]) -> float:
 
 def _fits(lengths: Sequence[Length], given: Mapping[str, Tensor], ranks: int) -> bool:
     """Whether the lengths hold; those of inputs left out (a mask, labels) are told by the others, if there are any."""
+    if not lengths:
+        return True
     found = [length for length in lengths if length.input in given or length.exactly is not None]
-    return len(found) > 0 and all(_holds(length, given.get(length.input), ranks) for length in found) or not lengths
+    return bool(found) and all(_holds(length, given.get(length.input), ranks) for length in found)
 
 
 def _holds(length: Length, value: Tensor | None, ranks: int) -> bool:
