@@ -24,6 +24,7 @@ from colrow.planner.placement import WHOLE, Shard
 from colrow.planner.plan_model import PlannedCost, Schedule
 from colrow.planner.random_weights import randomize
 from colrow.planner.sequence import is_elastic, is_read, keeps_tokens, sequence_splits, works_on_tokens
+from colrow.planner.sources import source_from_config
 from colrow.planner.trace import trace
 from colrow.planner.workloads import Length, Workload, required_lengths
 from colrow.rewrite.comparison import error_of
@@ -539,3 +540,19 @@ def test_every_rank_chooses_alike_by_position_and_by_name():
         assert [split for _, split in found] == [True, False, True, False]
         assert max(error for error, _ in found) <= 1e-9
         assert not math.isnan(sum(error for error, _ in found))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tp"), [(7, 7, 3), (6, 2, 4), (4, 2, 4), (5, 1, 3)])
+def test_awkward_heads_tied_weights_and_an_odd_vocabulary(heads, kv_heads, tp):
+    """Padded heads, key heads that ranks share, a tied table of odd length: none of their padding meets a sequence."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen2Config(
+        hidden_size=8 * heads, intermediate_size=50, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=257, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    source = source_from_config(config, phase="train", batch=2, seq=12, dtype="fp32")
+    made = plan(source.model, source.example_inputs, tp=tp, phase="train", sequence_parallel=True)
+    assert made.schedules[0].lengths and made.ties and made.sharded_fraction > 0.9
+    report = verify(source.build, source.example_inputs, made)
+    assert report.ok(), report.explain()
+    assert report.collectives_planned == report.collectives_executed
