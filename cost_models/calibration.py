@@ -40,11 +40,10 @@ class MatmulRow:
 
 
 @dataclass(frozen=True)
-class Measurements:
-    """What was measured on one machine, all ranks working at the same time, the slower rank counting.
+class RankMeasurements:
+    """What all ranks of one machine agree on after measuring at the same time, the slower rank counting.
 
     Attributes:
-        ranks: Ranks that took part.
         collectives: Kind -> group size -> (bytes of the whole tensor, seconds), sizes ascending.
         matmuls: torch dtype name -> products.
         stream_bytes_per_s: Bytes read and written per second by large elementwise operators and matrix-vector products.
@@ -54,10 +53,8 @@ class Measurements:
         memory_bytes: Memory of one rank.
         device: What a rank computes on, for people.
         implementation: The library of the collectives, with its version.
-        date: ISO date.
     """
 
-    ranks: int
     collectives: Mapping[CollectiveKind, Mapping[int, Sequence[Row]]]
     matmuls: Mapping[str, Sequence[MatmulRow]]
     stream_bytes_per_s: Sequence[float]
@@ -67,6 +64,18 @@ class Measurements:
     memory_bytes: int
     device: str
     implementation: str
+
+
+@dataclass(frozen=True)
+class Measurements(RankMeasurements):
+    """What was measured on one machine, and when.
+
+    Attributes:
+        ranks: Ranks that took part.
+        date: ISO date.
+    """
+
+    ranks: int
     date: str
 
 

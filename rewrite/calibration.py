@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colrow.cost_models.calibration import MatmulRow
+from colrow.cost_models.calibration import MatmulRow, RankMeasurements
 from colrow.cost_models.communication import COLLECTIVE_KINDS, CollectiveKind
 from colrow.cost_models.measured_curve import Row
 
@@ -38,21 +38,6 @@ LONGEST_MATMUL_S = 0.05
 WIDTH = 8  # of a block that takes no time but to call
 STREAM_BYTES = 64 * 2**20  # of one operand; no cache holds three of them
 _functional = torch.ops._c10d_functional
-
-
-@dataclass(frozen=True)
-class RankMeasurements:
-    """What all ranks agree on after measuring; the fields are those of `calibration.Measurements`."""
-
-    collectives: dict[CollectiveKind, dict[int, list[Row]]]
-    matmuls: dict[str, list[MatmulRow]]
-    stream_bytes_per_s: list[float]
-    launch_s: float
-    eager_dispatch_s: float | None
-    units: int
-    memory_bytes: int
-    device: str
-    implementation: str
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,19 @@ import torch.distributed as dist
 from rich.table import Table
 from rich.text import Text
 
-from colrow.cost_models.calibration import FitError, Measurements, as_table, calibrated, fit_errors
+from colrow.cost_models.calibration import (
+    FitError,
+    Measurements,
+    RankMeasurements,
+    as_table,
+    calibrated,
+    fit_errors,
+)
 from colrow.cost_models.errors import UsageError
 from colrow.cost_models.hardware import Hardware
 
 from .answers import check_writable, json_text, written_whole
-from .calibration import RankMeasurements, measure_on_rank
+from .calibration import measure_on_rank
 from .ranks import run_ranks
 from .units import console, empty_table, nbytes, seconds
 
