@@ -2,9 +2,9 @@
 
 One autograd function serves every move, because a move is a forward and a backward step (DESIGN section 2). The
 backward of a move is the move with its steps exchanged, so gradients of gradients are right too. Collectives are the
-functional operators themselves, called by group
-name: 14 us a call and traceable by export and compile (the Python wrappers take 68 us; 2 CPU cores, torch 2.13,
-2026-11).
+functional operators themselves, called by group name: 14 us a call and traceable by export and compile (the Python
+wrappers take 68 us; 2 CPU cores, torch 2.13, 2026-11). Their own autograd formulas are written in Python and, as no
+gradient is asked of them here, skipped.
 
 Replicated intervals (kv heads fewer than ranks): a value is on every holder, a gradient is a partial sum over the
 holders (see ``slices``). So ``reduce_scatter`` and ``slice`` serve every holder in forward and the first holder in
@@ -26,26 +26,32 @@ from .groups import TpGroup
 from .slices import canonical, is_plain, local_part, local_parts, padded_part, summed_parts
 
 _functional = torch.ops._c10d_functional
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _called(operator: Any, *arguments: Any) -> Tensor:
+    """A collective's result, waited for; under torch.compile in the form that it traces."""
+    if torch.compiler.is_compiling():
+        traced: Tensor = _functional.wait_tensor(operator(*arguments))
+        return traced
+    with _below_autograd():
+        result: Tensor = _functional.wait_tensor.default(operator.default(*arguments))
+    return result
 
 
 def all_reduce(x: Tensor, group: TpGroup, op: str = "sum") -> Tensor:
     """The reduction over all ranks: same shape. Not differentiable: ``apply_move`` is."""
-    reduced: Tensor = _functional.wait_tensor(_functional.all_reduce(x.contiguous(), op, group.name))
-    return reduced
+    return _called(_functional.all_reduce, x.contiguous(), op, group.name)
 
 
 def all_gather_parts(x: Tensor, group: TpGroup) -> Tensor:
     """All ranks' ``x``, stacked: [..] -> [size, ..]."""
-    gathered = _functional.all_gather_into_tensor(x.contiguous().view(1, *x.shape), group.size, group.name)
-    stacked: Tensor = _functional.wait_tensor(gathered)
-    return stacked
+    return _called(_functional.all_gather_into_tensor, x.contiguous().view(1, *x.shape), group.size, group.name)
 
 
 def reduce_scatter_parts(parts: Tensor, group: TpGroup) -> Tensor:
     """This rank's sum: [size, ..] -> [..]."""
-    scattered = _functional.reduce_scatter_tensor(parts.contiguous(), "sum", group.size, group.name)
-    mine: Tensor = _functional.wait_tensor(scattered)
-    return mine.squeeze(0)
+    return _called(_functional.reduce_scatter_tensor, parts.contiguous(), "sum", group.size, group.name).squeeze(0)
 
 
 def stretched(layout: Layout, length: int, step: Step) -> Layout:

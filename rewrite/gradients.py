@@ -2,13 +2,14 @@
 matmul's backward.
 
 The autograd engine accumulates into a DTensor through Python dispatch: 24 us per parameter and step (2 CPU cores,
-torch 2.13, 2026-11). Where nothing could tell the difference, ``delivered`` writes ``.grad`` itself, in 3 us;
+torch 2.13, 2026-11). Where nothing could tell the difference, ``deliver`` writes ``.grad`` itself, in 3 us;
 elsewhere (hooks on the parameter, ``torch.autograd.grad``) it hands the engine a DTensor as usual.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,52 +20,42 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
-def delivered(found: list[Any], i: int, parameter: Any, node: Any) -> DTensor | None:
-    """Called in a backward: put the local gradient ``found[i]`` into ``parameter.grad``, or return it for the engine
-    to do so.
+def deliver(found: list[Any], parameters: Sequence[Any], nodes: Sequence[Any]) -> None:
+    """Called in a backward: put local gradients into the parameters' ``.grad``, or leave them for the engine to do so.
+
+    One loop without calls of ours: this code runs for every parameter in every step.
 
     Args:
-        found: Local gradients; ``delivered`` counts who else owns the i-th.
-        i: Which one.
-        parameter: The DTensor parameter.
-        node: What the engine would call next with it: the parameter's gradient accumulator, if it is a leaf.
-
-    Returns:
-        The gradient as a DTensor placed as the parameter is, or None when it is delivered.
+        found: A local gradient per parameter, or None; ``deliver`` counts who else owns it. Afterwards: None where it
+            is delivered, elsewhere a DTensor placed as the parameter is.
+        parameters: DTensors.
+        nodes: What the engine would call next with each: a parameter's gradient accumulator, if it is a leaf.
     """
-    spec = parameter._spec
-    if not found[i].is_contiguous():
-        found[i] = found[i].contiguous()
-    hooked = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
-    if parameter.is_leaf and not hooked and _accumulates(node):
-        old = parameter.grad
-        if old is None:
-            parameter.grad = wrapped(own(found, i), spec)
-            return None
-        if type(old) is DTensor and old._spec.placements == spec.placements and not old.requires_grad:
-            old._local_tensor.add_(found[i])
-            return None
-    return wrapped(own(found, i), spec)  # the engine cannot see through a DTensor who else holds its local tensor
-
-
-def own(found: list[Any], i: int) -> Tensor:
-    """``found[i]``, or a copy if somebody else holds it (an addition hands one gradient to both of its operands)."""
-    shared = owners_of(found, i) > sole_owners()
-    gradient: Tensor = found[i].clone() if shared else found[i]
-    return gradient
-
-
-def wrapped(local: Tensor, spec: Any) -> DTensor:
-    """A DTensor of ``local``; without ``DTensor.__init__``, which does nothing and costs 3 us."""
-    return DTensor.__new__(DTensor, local, spec, requires_grad=False)
-
-
-def _accumulates(node: Any) -> bool:
-    """The running backward will accumulate at ``node`` (``torch.autograd.grad`` captures instead)."""
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # what torch raises for a captured leaf
-        return False
+    alone, accumulates = sole_owners(), torch._C._will_engine_execute_node
+    for i, parameter in enumerate(parameters):
+        if found[i] is None:
+            continue
+        spec, old = parameter._spec, None
+        if not found[i].is_contiguous():
+            found[i] = found[i].contiguous()
+        hooked = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+        try:
+            written = not hooked and parameter.is_leaf and accumulates(nodes[i])
+        except RuntimeError:  # what torch raises for a leaf that ``torch.autograd.grad`` captures
+            written = False
+        if written:
+            old = parameter.grad
+            if type(old) is DTensor and old._spec.placements == spec.placements and not old.requires_grad:
+                old._local_tensor.add_(found[i])
+                found[i] = None
+                continue
+        if sys.getrefcount(found[i]) + found[i]._use_count() > alone:  # as ``owners_of``, without the call
+            found[i] = found[i].clone()  # an addition hands one gradient to both of its operands
+        wrapped = DTensor.__new__(DTensor, found[i], spec, requires_grad=False)  # __init__ does nothing and costs 3 us
+        if written and old is None:
+            parameter.grad, found[i] = wrapped, None
+        else:
+            found[i] = wrapped  # the engine cannot see through a DTensor who else holds its local tensor
 
 
 def owners_of(found: list[Any], i: int) -> int:
