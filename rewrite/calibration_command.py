@@ -31,12 +31,15 @@ from .ranks import run_ranks
 from .units import console, empty_table, nbytes, seconds
 
 SCHEMA = "colrow.calibrate/1"
+MOST_RANKS_A_PROCESSOR = 4  # each holds about half a gigabyte besides
 LONGEST_S = 600.0  # of ranks that hang; measuring takes two minutes
 
 
 def calibrate_command(ranks: int | None, out: str, as_json: bool) -> None:
     """``colrow calibrate``: starts the ranks, or is one of torchrun's."""
     check_writable(out)
+    if Path(out).suffix != ".json":  # which is how --hardware tells a file from a name
+        raise UsageError(f"--out {out}", "not a profile's name", got=Path(out).suffix or "no ending", need=".json")
     joined = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     size = _ranks(ranks, int(os.environ["WORLD_SIZE"]) if joined else None)
     if joined:
@@ -63,7 +66,8 @@ def _ranks(asked: int | None, started: int | None) -> int:
     """As many as asked for, torchrun started, or GPUs are here; else two.
 
     Raises:
-        UsageError: One rank, which has nothing to communicate with, or not as many as torchrun started.
+        UsageError: One rank, which has nothing to communicate with, so many that they would mostly wait for a
+            processor, or not as many as torchrun started.
     """
     gpus = torch.cuda.device_count()
     size = started or asked or (gpus if gpus > 1 else 2)
@@ -71,6 +75,18 @@ def _ranks(asked: int | None, started: int | None) -> int:
         raise UsageError("--ranks", "torchrun started another number of ranks", got=started, need=asked)
     if size < 2:
         raise UsageError("--ranks", "collectives need a group", got=size, need="2 or more")
+    processors = os.cpu_count() or 1
+    if size > gpus and size > MOST_RANKS_A_PROCESSOR * processors:
+        raise UsageError(
+            "--ranks",
+            "so many ranks would measure how they take turns on the processors",
+            got=size,
+            need=f"at most {MOST_RANKS_A_PROCESSOR * processors}",
+            remedy="Calibrate on a machine with a processor for each.",
+        )
+    if size > gpus and size > processors:
+        print(f"note: {size} ranks share {processors} processors: times are theirs, not of a machine with more",
+              file=sys.stderr)  # fmt: skip
     if gpus and size > gpus:
         print(f"note: {gpus} GPUs for {size} ranks, and NCCL needs one each: measuring CPU ranks", file=sys.stderr)
     return size

@@ -145,9 +145,17 @@ def test_a_calibrated_machine_is_hardware_like_any_other(cwd, quick, capfd):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--ranks", "1"], "1 is not in the range"), (["--out", "no/such/x.json"], "no such folder")],
+    [
+        (["--ranks", "1"], "1 is not in the range"),
+        (["--ranks", "9"], "got 9, need at most 8"),
+        (["--out", "no/such/x.json"], "no such folder"),
+        (["--out", "mine.txt"], "got .txt, need .json"),
+        (["--out", "mine"], "got no ending, need .json"),
+    ],
 )
-def test_wrong_use_exits_2_before_anything_is_measured(cwd, arguments, words):
+def test_wrong_use_exits_2_before_anything_is_measured(cwd, monkeypatch, arguments, words):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = CliRunner().invoke(main, ["calibrate", *arguments])
     assert result.exit_code == 2
     assert words in result.stderr
