@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from colrow.cost_models.errors import SourceError
 
+from .completed_defaults import complete
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -41,32 +43,8 @@ def default_config(model_type: str) -> PreTrainedConfig:
             f"its default configuration is not usable: {type(error).__name__}: {first_line(error)}",
             remedy="Pass a complete config.json of this type.",
         ) from error
-    _complete(config)
+    complete(config)
     return config
-
-
-# What a default configuration may leave open although its model cannot be built, or run, without it.
-COMPLETIONS = {
-    "vocab_size": 32000,
-    "num_experts_per_tok": 2,
-    "n_routed_experts": 8,
-    "image_token_id": 5,
-    "audio_token_id": 6,
-    "video_token_id": 7,
-}
-_ONLY_WITH = {"num_experts_per_tok": "moe_intermediate_size", "n_routed_experts": "moe_intermediate_size"}
-
-
-def _complete(config: PreTrainedConfig) -> None:
-    """Fill in sizes and token ids that are None by default, in the whole tree."""
-    for name, value in COMPLETIONS.items():
-        open_ = hasattr(config, name) and getattr(config, name) is None
-        if open_ and (name not in _ONLY_WITH or getattr(config, _ONLY_WITH[name], None) is not None):
-            setattr(config, name, value)
-    for key in config.sub_configs:
-        part: Any = getattr(config, key, None)
-        if hasattr(part, "sub_configs"):
-            _complete(part)
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
