@@ -122,6 +122,7 @@ def _table(name: str, points: Sequence[Point]) -> Table:
         "compute",
         "comm",
         "R",
+        "R = 1 at",
         "memory",
         "efficiency",
     ]
@@ -129,7 +130,7 @@ def _table(name: str, points: Sequence[Point]) -> Table:
     for point in points:
         at = [f"{getattr(point.setting, axis):g}" for axis in varied] + [str(point.setting.tp)]
         if point.plan is None:
-            table.add_row(*at, *[""] * 8, point.refusal)
+            table.add_row(*at, *[""] * 8, "no plan")
             continue
         notes = ["" if point.fits else "does not fit", "R > 1" if point.ratio > 1 else "", _known(point)]
         table.add_row(
@@ -165,6 +166,13 @@ def _notes(points: Sequence[Point]) -> list[str]:
     ]
     findings = dict.fromkeys(finding for point in points for finding in point.basis.findings)
     lines += [f"Not measured: {finding}" for finding in findings]
+    refused: dict[str, list[Setting]] = {}
+    for point in points:
+        if point.plan is None:
+            refused.setdefault(point.refusal, []).append(point.setting)
+    for refusal, at in refused.items():
+        tps = ", ".join(str(tp) for tp in dict.fromkeys(setting.tp for setting in at))
+        lines.append(f"No plan at tp {tps} on {', '.join(dict.fromkeys(setting.hardware for setting in at))}: {refusal}")
     return lines
 
 

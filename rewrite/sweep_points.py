@@ -28,6 +28,7 @@ from colrow.planner.trace import trace
 from colrow.planner.workloads import Workload, workload_of
 
 ENOUGH_GB = 1e9
+BULK_BYTES = 2**30  # of a message whose time is its bytes'
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Point:
         tokens: Tokens per step.
         empty_s: Seconds that collectives of no bytes would take: latency alone.
         transfer_s: Seconds that their bytes add.
-        moves_s: Seconds of local moves (slices and the like); the three sum to the plan's ``comm_s``.
+        bulk_s: Seconds their bytes would take at the rate of very large messages: what the link alone asks for.
+        moves_s: Seconds of local moves (slices and the like); with ``empty_s`` and ``transfer_s`` the plan's ``comm_s``.
         basis: What the communication time rests on.
         two_nodes_s: Step time were the same ranks spread over two nodes; None where the profile cannot tell.
     """
@@ -100,6 +102,7 @@ class Point:
     tokens: int = 0
     empty_s: float = 0.0
     transfer_s: float = 0.0
+    bulk_s: float = 0.0
     moves_s: float = 0.0
     basis: Basis = Basis(None, 0.0, ())
     two_nodes_s: float | None = None
@@ -203,6 +206,10 @@ def point_of(
     known = [(hardware.predict(kind, nbytes, plan.tp), count) for (kind, nbytes), count in made.items()]
     empty_s = sum(count * prediction.empty_s for prediction, count in known)
     transfer_s = sum(count * prediction.transfer_s for prediction, count in known)
+    bulk_s = sum(
+        count * nbytes * hardware.collective_s(kind, BULK_BYTES, plan.tp) / BULK_BYTES
+        for (kind, nbytes), count in made.items()
+    )
     return Point(
         setting,
         plan,
@@ -211,6 +218,7 @@ def point_of(
         tokens_of(workload),
         empty_s,
         transfer_s,
+        min(bulk_s, transfer_s),
         max(0.0, plan.cost.comm_s - empty_s - transfer_s),
         _basis(known),
         _over_two_nodes_s(plan, hardware, made, empty_s + transfer_s),

@@ -108,7 +108,7 @@ def _does_not_pay(first: Point, fitting: Sequence[Point], hardware: Hardware) ->
     added = best.comm_s - first.comm_s
     where = "one GPU" if first.setting.tp == 1 else f"{first.setting.tp} ranks"
     change = first.step_s / best.step_s - 1
-    outcome = f"gains only {change:.0%}" if change > 0 else _slower(best, first)
+    outcome = f"gains only {change:.1%}" if change > 0 else _slower(best, first)
     words = (
         f"Tensor parallelism {'does not pay' if first.setting.tp == 1 else 'pays no further than memory asks'} here:"
         f" use tp {first.setting.tp}. It fits on {where} ({nbytes(first.memory_bytes)} of"
@@ -119,17 +119,20 @@ def _does_not_pay(first: Point, fitting: Sequence[Point], hardware: Hardware) ->
 
 
 def _cause(first: Point, best: Point, hardware: Hardware) -> str:
-    if best.empty_s >= best.transfer_s:
+    """The link, where its bytes would eat up what is saved even at the rate of large messages; else the step's size."""
+    if best.compute_s + best.moves_s + best.bulk_s < first.compute_s + first.moves_s + first.bulk_s:
         return (
             f"The model, or the step, is too small: {seconds(first.compute_s)} of compute, and at tp {best.setting.tp}"
-            f" the latency of its collectives alone is {seconds(best.empty_s)}."
+            f" its collectives take {seconds(best.comm_s)}, the latency alone {seconds(best.empty_s)}; at the rate of"
+            f" large messages their bytes would take {seconds(best.bulk_s)}."
         )
-    speed = best.link_speed_of_one
+    left = first.step_s - first.transfer_s - (best.step_s - best.transfer_s)
+    more = best.transfer_s - first.transfer_s
     enough = (
-        f"; R would be one at {speed / best.setting.link_speed:.2g}x its bandwidth" if speed is not None
-        else "; no bandwidth would make up for the latency"
+        f"it would break even at {more / left:.2g}x its bandwidth" if left > 0
+        else "no bandwidth would make up for the latency"
     )  # fmt: skip
-    return f"The link is too slow for it ({link_text(hardware)}): {seconds(best.transfer_s)} go into bytes{enough}."
+    return f"The link is too slow for it ({link_text(hardware)}): {seconds(best.transfer_s)} go into bytes; {enough}."
 
 
 def link_text(hardware: Hardware) -> str:
@@ -151,9 +154,11 @@ def _across_nodes(used: Point, planned: Sequence[Point], hardware: Hardware) -> 
                 f"tp {point.setting.tp} spans {-(-point.setting.tp // hardware.ranks_per_node)} nodes and takes"
                 f" {seconds(point.step_s)}; within one, tp {best.setting.tp} takes {seconds(best.step_s)}."
             )
-    if used.two_nodes_s is not None and used.two_nodes_s > used.step_s:
+    # Where a single rank is used, of the fastest tp that has ranks to spread.
+    able = [p for p in (used, *sorted(planned, key=lambda p: p.step_s)) if p.two_nodes_s is not None]
+    if able and able[0].two_nodes_s is not None:
         words.append(
-            f"Spread over two nodes, tp {used.setting.tp} would take {seconds(used.two_nodes_s)},"
-            f" {used.two_nodes_s / used.step_s:.2f}x as long."
+            f"Spread over two nodes, tp {able[0].setting.tp} would take {seconds(able[0].two_nodes_s)},"
+            f" {able[0].two_nodes_s / able[0].step_s:.2f}x as long."
         )
     return words

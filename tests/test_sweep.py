@@ -111,7 +111,8 @@ def test_a_group_that_a_profile_has_no_link_for_is_a_row_with_the_reason(colrow)
     found = json.loads(colrow(SMALL, "--tp", "2,16", "--hardware", "gloo-cpu", "--json").stdout)
     assert found["points"][0]["refusal"] is None
     assert "gloo-cpu" in found["points"][1]["refusal"]
-    assert "gloo-cpu" in colrow(SMALL, "--tp", "2,16", "--hardware", "gloo-cpu").stdout
+    page = colrow(SMALL, "--tp", "2,16", "--hardware", "gloo-cpu").stdout
+    assert "No plan at tp 16 on gloo-cpu: hardware gloo-cpu: the group is larger than a node" in page
 
 
 def test_a_models_batch_and_length_are_those_asked_for():
@@ -181,15 +182,25 @@ def test_it_does_not_pay_because_the_step_is_small():
     said = verdict([point(1, 1e-3), point(2, 5e-4, 9e-4, empty_s=8e-4, transfer_s=1e-4)], L40S)
     assert (said.tp, said.pays) == (1, False)
     assert "does not pay here: use tp 1. It fits on one GPU" in said.words
-    assert "too small: 1.00 ms of compute, and at tp 2 the latency of its collectives alone is 800 us" in said.words
+    words = "too small: 1.00 ms of compute, and at tp 2 its collectives take 900 us, the latency alone 800 us;"
+    assert words in said.words
+
+
+def test_a_fast_link_is_not_blamed_for_small_messages():
+    small = point(2, 5e-4, 9e-4, empty_s=1e-4, transfer_s=8e-4, bulk_s=1e-4)
+    assert "too small" in verdict([point(1, 1e-3), small], H100).words
+    large = replace(small, bulk_s=6e-4)
+    assert "The link is too slow for it (NVSwitch, 450 GB/s a rank)" in verdict([point(1, 1e-3), large], H100).words
 
 
 def test_it_does_not_pay_because_the_link_is_slow():
-    said = verdict([point(1, 1.0), point(2, 0.5, 2.0)], L40S)
+    said = verdict([point(1, 1.0), point(2, 0.4, 2.0, empty_s=0.1, transfer_s=1.9, bulk_s=1.8)], L40S)
     assert (said.tp, said.pays) == (1, False)
     assert "The link is too slow for it (" in said.words
     assert "PCIe" in said.words
-    assert "R would be one at 4x its bandwidth" in said.words
+    assert "it would break even at 3.8x its bandwidth" in said.words  # 0.5 s are left for 1.9 s of bytes
+    late = verdict([point(1, 1.0), point(2, 0.4, 2.0, empty_s=0.7, transfer_s=1.3, bulk_s=1.2)], L40S)
+    assert "no bandwidth would make up for the latency" in late.words
 
 
 def test_memory_may_ask_for_more_ranks_than_time_does():
@@ -210,6 +221,9 @@ def test_what_crossing_nodes_costs_is_said(colrow):
     assert "tp 16 spans 2 nodes and takes" in words
     spread = verdict([point(8, 1.0, 1.0, hardware="h100-sxm", two_nodes_s=6.0)], H100).words
     assert "Spread over two nodes, tp 8 would take 6.00 s, 3.00x as long" in spread
+    alone = verdict([point(1, 1.0), point(2, 0.9, 0.3, two_nodes_s=3.6)], H100)
+    assert alone.tp == 1
+    assert "Spread over two nodes, tp 2 would take 3.60 s, 3.00x as long" in alone.words
 
 
 def test_efficiency_is_speed_per_rank():
@@ -230,6 +244,13 @@ def test_the_page_has_a_table_charts_crossovers_and_words(colrow, cwd):
         "In short, on l40s-pcie",
     ):
         assert words in ran.stdout
+    heads = next(line for line in ran.stdout.splitlines() if "tokens/s" in line)
+    assert [head for head in ("R", "R = 1 at", "memory", "efficiency") if f"  {head}  " in heads] == [
+        "R",
+        "R = 1 at",
+        "memory",
+        "efficiency",
+    ]
     assert (cwd / "sweep.svg").read_text().startswith("<?xml")
 
 
