@@ -62,8 +62,8 @@ class Route:
     Attributes:
         seconds: Bytes of the whole tensor -> seconds.
         basis: See `Prediction`.
-        min_bytes: Smallest measured message.
-        max_bytes: Largest.
+        min_bytes: Smallest measured message, of the curves this one was made from.
+        max_bytes: Largest; 0 where nothing was measured.
         rel_error: See `Prediction`.
         note: "" where the curve is a measured one, else how it came about.
     """
@@ -77,13 +77,14 @@ class Route:
 
     def finding(self, nbytes: float) -> str:
         """What a prediction of ``nbytes`` is, if not a value between measured rows."""
-        if self.note:
+        if not self.max_bytes:
             return self.note
+        outside = ""
         if nbytes < self.min_bytes:
-            return f"below the smallest measured message ({self.min_bytes:.0f} bytes)"
-        if nbytes > self.max_bytes:
-            return f"beyond the largest measured message ({self.max_bytes:.0f} bytes)"
-        return ""
+            outside = f"below the smallest measured message ({self.min_bytes:.0f} bytes)"
+        elif nbytes > self.max_bytes:
+            outside = f"beyond the largest measured message ({self.max_bytes:.0f} bytes)"
+        return ", ".join(text for text in (self.note, outside) if text)
 
 
 def route_of(hardware: Hardware, kind: CollectiveKind, size: int, implementation: str, nodes: int | None) -> Route:
@@ -170,5 +171,13 @@ def _across_nodes(hardware: Hardware, kind: CollectiveKind, size: int, implement
     note = f"over {nodes} nodes by formula"
     if local == 1:
         return Route(between, "structural", 0, 0, None, note)
-    within = route_of(hardware, kind, local, implementation, 1).seconds
-    return Route(lambda nbytes: within(nbytes) + between(nbytes), "structural", 0, 0, None, note)
+    within = route_of(hardware, kind, local, implementation, 1)
+    note = f"{note}, {within.note}" if within.note else note
+    return Route(
+        lambda nbytes: within.seconds(nbytes) + between(nbytes),
+        "structural",
+        within.min_bytes,
+        within.max_bytes,
+        None,
+        note,
+    )
