@@ -55,6 +55,8 @@ def draw(charts: Sequence[Chart], out: str) -> None:
             # The parts that are known are drawn again, full; the rest stays dotted.
             sure = [y if known else math.nan for y, known in zip(ys, curve.known, strict=True)]
             axes.plot(xs, sure, color=line.get_color(), label=curve.label)
+        if not all(known for curve in chart.curves for known in curve.known):
+            axes.plot([], [], linestyle=":", color="grey", label=chart.dotted)
         if chart.level is not None:
             axes.axhline(chart.level, color="grey", linewidth=0.8)
         axes.tick_params(axis="x", labelrotation=30)

@@ -62,7 +62,7 @@ def show_hardware_command(name: str, out: str | None, as_json: bool) -> None:
     """``colrow hardware show NAME``."""
     check_drawable(out)
     profile = load_hardware(name)
-    charts = [chart_of(profile, kind) for kind in COLLECTIVE_KINDS]
+    charts = charts_of(profile)
     if out is not None:
         draw(charts, out)
         print(f"charts written to {out}", file=sys.stderr)
@@ -122,19 +122,27 @@ def curves_json(profile: Hardware) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def chart_of(profile: Hardware, kind: CollectiveKind) -> Chart:
-    """Time against size of one kind, a curve per group and implementation."""
-    curves: list[Curve] = []
-    for key in curve_keys(profile, kind):
-        implementation, size, nodes = key
-        library = implementation == "library"
-        label = f"{size} ranks" + f", {nodes} nodes" * bool(nodes) + f", {implementation}" * (not library)
-        mark = str(size) if library and size < 10 and not nodes else LETTERS[len(curves) % len(LETTERS)]
-        points = _points(profile, kind, key)
-        curves.append(Curve(label, mark, [(at, s) for at, s, _ in points], [not finding for _, _, finding in points]))
-    return Chart(
-        f"{kind} on {profile.name}", "bytes of the whole tensor", "time", curves, nbytes, seconds, "not measured"
-    )
+def charts_of(profile: Hardware) -> list[Chart]:
+    """Time against size: of each kind, and of each other implementation of it; a curve per group."""
+    charts = []
+    for kind in COLLECTIVE_KINDS:
+        keys = curve_keys(profile, kind)
+        for implementation in dict.fromkeys(key[0] for key in keys):
+            own = [key for key in keys if key[0] == implementation]
+            curves = [_curve(profile, kind, key, LETTERS[n % len(LETTERS)]) for n, key in enumerate(own)]
+            by = "" if implementation == "library" else f" by {implementation}"
+            title = f"{kind}{by} on {profile.name}"
+            charts.append(Chart(title, "bytes of the whole tensor", "time", curves, nbytes, seconds, "not measured"))
+    return charts
+
+
+def _curve(profile: Hardware, kind: CollectiveKind, key: Key, letter: str) -> Curve:
+    """The mark is the number of ranks where that is one digit on one node, else ``letter``."""
+    _, size, nodes = key
+    label = f"{size} ranks" + f", {nodes} nodes" * bool(nodes)
+    mark = str(size) if size < 10 and not nodes else letter
+    points = _points(profile, kind, key)
+    return Curve(label, mark, [(at, s) for at, s, _ in points], [not finding for _, _, finding in points])
 
 
 def _points(profile: Hardware, kind: CollectiveKind, key: Key) -> list[tuple[int, float, str]]:
@@ -174,8 +182,9 @@ def _facts(profile: Hardware) -> Table:
         for group in collective.groups:
             facts.add_row(kind, f"{_group_text(group)} ({collective.implementation})")
         for other in collective.alternatives:
+            facts.add_row(f"{other.name}", f"{kind} by {other.software}; {other.source}; {other.licence}, {other.date}")
             for group in other.groups:
-                facts.add_row(kind, f"{_group_text(group)} ({other.name}: {other.software}; {other.source})")
+                facts.add_row("", _group_text(group))
     return facts
 
 

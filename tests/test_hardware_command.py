@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from colrow.cost_models.communication import COLLECTIVE_KINDS
 from colrow.cost_models.hardware import hardware_names, load_hardware
 from colrow.rewrite.cli import main
+from colrow.rewrite.hardware_command import charts_of
 
 
 def colrow(*arguments, code=0):
@@ -47,6 +48,22 @@ def test_show_has_a_chart_a_source_and_an_error_for_every_kind():
         assert f"{group.size} ranks: {group.basis}" in printed
 
 
+@pytest.mark.parametrize("name", hardware_names())
+def test_every_implementation_has_a_chart_of_its_own_with_distinct_marks(name):
+    profile = load_hardware(name)
+    charts = charts_of(profile)
+    assert len(charts) == sum(len(profile.implementations(kind)) for kind in COLLECTIVE_KINDS)
+    assert len({chart.title for chart in charts}) == len(charts)
+    for chart in charts:
+        marks = [curve.mark for curve in chart.curves]
+        assert len(set(marks)) == len(marks)
+    shown = [len(getattr(profile.collectives, kind).alternatives) for kind in COLLECTIVE_KINDS]
+    printed = colrow("show", name).stdout
+    for other in profile.collectives.all_reduce.alternatives:
+        assert f"all_reduce by {other.name} on {name}" in printed
+    assert sum(shown) == len(charts) - len(COLLECTIVE_KINDS)
+
+
 def test_show_in_json_has_the_curves_and_marks_what_is_beyond_the_measurements():
     found = json.loads(colrow("show", "h100-sxm", "--json").stdout)
     assert found["schema"] == "colrow.hardware_show/1"
@@ -76,7 +93,9 @@ def test_show_takes_a_file_and_draws(cwd):
     ran = colrow("show", "mine.json", "--out", "mine.svg")
     assert "all_reduce on mine" in ran.stdout
     assert "charts written to mine.svg" in ran.stderr
-    assert (cwd / "mine.svg").read_text().startswith("<?xml")
+    drawn = (cwd / "mine.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert "<!-- not measured -->" in drawn  # what dotted lines are
 
 
 @pytest.mark.parametrize(
