@@ -90,7 +90,7 @@ class Point:
         empty_s: Seconds that collectives of no bytes would take: latency alone.
         transfer_s: Seconds that their bytes add.
         bulk_s: Seconds their bytes would take at the rate of very large messages: what the link alone asks for.
-        moves_s: Seconds of local moves (slices and the like); with ``empty_s`` and ``transfer_s`` the plan's ``comm_s``.
+        moves_s: Seconds of local moves (slices and the like); all but ``bulk_s`` sum to the plan's ``comm_s``.
         basis: What the communication time rests on.
         two_nodes_s: Step time were the same ranks spread over two nodes; None where the profile cannot tell.
     """
