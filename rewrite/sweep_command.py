@@ -166,14 +166,8 @@ def _notes(points: Sequence[Point]) -> list[str]:
     ]
     findings = dict.fromkeys(finding for point in points for finding in point.basis.findings)
     lines += [f"Not measured: {finding}" for finding in findings]
-    refused: dict[str, list[Setting]] = {}
-    for point in points:
-        if point.plan is None:
-            refused.setdefault(point.refusal, []).append(point.setting)
-    for refusal, at in refused.items():
-        tps = ", ".join(str(tp) for tp in dict.fromkeys(setting.tp for setting in at))
-        lines.append(f"No plan at tp {tps} on {', '.join(dict.fromkeys(setting.hardware for setting in at))}: {refusal}")
-    return lines
+    refused = dict.fromkeys((p.setting.tp, p.setting.hardware, p.refusal) for p in points if p.plan is None)
+    return lines + [f"No plan at tp {tp} on {name}: {refusal}" for tp, name, refusal in refused]
 
 
 def _words(crossover: Crossover, points: Sequence[Point]) -> str:
