@@ -9,7 +9,7 @@ from colrow.cost_models.memory import MemoryBytes, training_bytes
 
 from .graph import VIEWS, Graph, Node, Ref, numel
 from .placement import Placement, Shard
-from .pricing import Phase
+from .pricing import Phase, Pricing
 from .storing import Stored
 from .strategies import is_leaf
 
@@ -22,17 +22,11 @@ def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Store
     backward pass may read (an upper bound: every floating result that is no view). In inference keys and values are
     cached.
     """
-    cached = _cached_values(graph) if phase != "train" else {}
+    cached, trains = _cached_values(graph) if phase != "train" else {}, is_trained(graph)
 
     def of(node: Node, stored: Stored) -> MemoryBytes:
         if node.op in ("parameter", "buffer"):
-            copies = isinstance(stored, Shard) and stored.layout.is_replicated  # stored whole, sliced when read
-            count = numel(node.shape) if copies else _held(node, stored)
-            itemsize = node.dtype.itemsize
-            if phase == "train" and node.differentiable:
-                trained = training_bytes(count, itemsize)
-                return MemoryBytes(count * itemsize, trained.gradients, trained.optimizer)
-            return MemoryBytes(count * itemsize)
+            return _kept(node, stored, phase == "train" and trains(node))
         if is_leaf(node):
             return MemoryBytes()
         held = _held(node, stored) * node.dtype.itemsize
@@ -46,20 +40,54 @@ def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Store
     return of
 
 
+def is_trained(graph: Graph) -> Callable[[Node], bool]:
+    """Whether a gradient comes to a parameter, under one of its names if it is tied."""
+    if not graph.ties:
+        return lambda node: node.op == "parameter" and node.differentiable
+    reached = (n.fqn for n in graph.nodes if n.op == "parameter" and n.differentiable)
+    names = {graph.ties.get(name, name) for name in reached}
+    return lambda node: node.op == "parameter" and graph.ties.get(node.fqn, node.fqn) in names
+
+
+def optimizer_ps(pricing: Pricing, node: Node, stored: Stored) -> int:
+    """Picoseconds that a trained parameter stored so adds to the optimiser's step: its traffic on one rank."""
+    held = _kept(node, stored, pricing.phase == "train")
+    return pricing.optimizer_step(held.gradients, held.optimizer) if held.optimizer else 0
+
+
+def optimizer_step_ps(pricing: Pricing, graph: Graph, stored: Sequence[Stored]) -> int:
+    """Picoseconds of the optimiser's step over a rank's parameters, tied ones once, its launch among them."""
+    trains = is_trained(graph)
+    trained = [n for n in graph.nodes if n.op == "parameter" and n.fqn not in graph.ties and trains(n)]
+    if pricing.phase != "train" or not trained:
+        return 0
+    return pricing.launch() + sum(optimizer_ps(pricing, node, stored[node.index]) for node in trained)
+
+
+def _kept(node: Node, stored: Stored, trained: bool) -> MemoryBytes:
+    """A parameter or buffer, and what training keeps beside it."""
+    copies = isinstance(stored, Shard) and stored.layout.is_replicated  # stored whole, sliced when read
+    count = numel(node.shape) if copies else _held(node, stored)
+    if trained:
+        return training_bytes(count, node.dtype.itemsize)
+    return MemoryBytes(count * node.dtype.itemsize)
+
+
 def workspace_bytes(graph: Graph, phase: Phase) -> int:
     """Room for what is live at once beside the additive part: three times the largest value, unsplit."""
     del phase
-    return 3 * max((n.nbytes for n in graph.nodes if not is_leaf(n)), default=0)
+    return 3 * max((n.nbytes for n in graph.nodes if n.template == n.index and not is_leaf(n)), default=0)
 
 
 def total_of(graph: Graph, stored: Sequence[Stored], phase: Phase, context: int) -> Mapping[str, int]:
     """Bytes per rank by kind, tied parameters once."""
     of, total = memory_of(graph, phase, context), MemoryBytes(workspace=workspace_bytes(graph, phase))
     counts: Counter[tuple[int, Stored]] = Counter()
-    alike: dict[tuple[int, bool], int] = {}  # a copy may differ from its template in whether a gradient comes
+    alike: dict[tuple[int, bool, bool], int] = {}  # a copy may differ from its template in whether a gradient comes
+    trains = is_trained(graph)
     for node in graph.nodes:
         if node.fqn not in graph.ties:
-            like = alike.setdefault((node.template, node.differentiable), node.index)
+            like = alike.setdefault((node.template, node.differentiable, trains(node)), node.index)
             counts[(like, stored[node.index])] += 1
     for (index, placement), count in counts.items():
         one = of(graph.nodes[index], placement)

@@ -22,6 +22,7 @@ import numpy as np
 
 from colrow.cost_models.errors import Infeasible
 
+from .bytes_per_rank import is_trained, optimizer_ps
 from .candidates import Candidates, candidates
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
 from .graph import Graph, Node, Ref
@@ -127,6 +128,7 @@ class _Builder:
         self.settings = Settings(graph, options, pricing.ranks, self.found, self.same, self.weights, self.out.gather_ps)
         self.parameters = ParameterDomains(graph, options, self.found, self.same, self.weights, penalises)
         self.shared_sites = _shared_sites(graph)
+        self.trains = is_trained(graph)
 
     def run(self, memory: Callable[[Node, Stored], int] | None) -> Formulation:
         graph, out = self.graph, self.out
@@ -170,9 +172,9 @@ class _Builder:
         self.out.variable[node.index] = variable
         if choice.should_split:
             self.out.penalised.add(variable)
-        key = (choice.should_split, node.nbytes, self._id(choice.domain))
+        key = (choice.should_split, node.nbytes, self.trains(node), self._id(choice.domain))
         if key not in self.parameter_tables:
-            self.parameter_tables[key] = self._prices(choice, node.nbytes)
+            self.parameter_tables[key] = self._prices(choice, node)
         price, needs_flag = self.parameter_tables[key]
         flag = self._flag(self.block_of(node.fqn)) if needs_flag is not None else -1
         if price is not None:
@@ -180,12 +182,13 @@ class _Builder:
         if needs_flag is not None:
             self.factors.append(Factor((variable, flag), needs_flag))
 
-    def _prices(self, choice: ParameterChoice, nbytes: int) -> tuple[Table | None, Table | None]:
+    def _prices(self, choice: ParameterChoice, node: Node) -> tuple[Table | None, Table | None]:
         """What a parameter's placements cost, and which of them need the flag of its block."""
         summed = np.array([_is_summed(s) for s in choice.domain])
         penalty = REPLICATION_PENALTY_PS * choice.should_split
         whole = np.array([isinstance(s, Replicate) for s in choice.domain])
-        price = penalty * whole + (self._beta(nbytes) if summed.any() else 0) * summed
+        updated = np.array([self.trains(node) and optimizer_ps(self.pricing, node, s) for s in choice.domain])
+        price = penalty * whole + (self._beta(node.nbytes) if summed.any() else 0) * summed + updated
         flag = np.where(summed[:, None] & np.array([True, False]), INFEASIBLE, 0)
         return (price.astype(np.int64) if price.any() else None), (flag.astype(np.int64) if summed.any() else None)
 
@@ -342,7 +345,7 @@ class _Builder:
                 continue
             variable = self.out.variable[node.index]
             domain = self.out.domains[variable]
-            key = (node.template, node.differentiable, self._id(domain))
+            key = (node.template, node.differentiable, self.trains(node), self._id(domain))
             if key not in columns:
                 made = np.array([memory(node, s) for s in domain], dtype=np.int64)
                 columns[key] = made if made.any() else None

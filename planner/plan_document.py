@@ -167,6 +167,7 @@ class CostEntry(_Fields):
     proven: bool
     forward_comm_s: float
     backward_comm_s: float
+    optimizer_s: float = 0.0
 
 
 class LengthEntry(_Fields):

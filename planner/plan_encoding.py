@@ -77,7 +77,8 @@ def _length(length: Length) -> dict[str, Any]:
 
 
 def _cost(cost: PlannedCost) -> dict[str, Any]:
-    return {name: getattr(cost, name) for name in PlannedCost.__dataclass_fields__}
+    fields = {name: getattr(cost, name) for name in PlannedCost.__dataclass_fields__}
+    return fields if cost.optimizer_s else {name: value for name, value in fields.items() if name != "optimizer_s"}
 
 
 def _unless_empty(**fields: Any) -> dict[str, Any]:

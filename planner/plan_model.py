@@ -20,13 +20,14 @@ class PlannedCost:
 
     Attributes:
         total_s: ``compute_s + comm_s``.
-        compute_s: Operators.
+        compute_s: Operators, and in training the optimiser's step.
         comm_s: Collectives and local moves.
         lower_bound_s: No plan in the stated space is faster; what the solver returned, in the same terms as
             ``total_s``.
         proven: The bound equals the cost, to the picosecond.
         forward_comm_s: Of ``comm_s``, in the forward pass.
         backward_comm_s: Collectives of the backward pass, predicted also where the workload has none.
+        optimizer_s: Of ``compute_s``, in AdamW's step: memory traffic of the rank's parameters, gradients and moments.
     """
 
     total_s: float
@@ -36,6 +37,7 @@ class PlannedCost:
     proven: bool
     forward_comm_s: float = 0.0
     backward_comm_s: float = 0.0
+    optimizer_s: float = 0.0
 
 
 @dataclass(frozen=True)

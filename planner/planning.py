@@ -12,7 +12,7 @@ from torch import nn
 from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
 from colrow.cost_models.hardware import Hardware, load_hardware
 
-from .bytes_per_rank import total_of
+from .bytes_per_rank import optimizer_step_ps, total_of
 from .collector import collector_paused
 from .expressions import can_edit
 from .graph import Graph
@@ -211,7 +211,8 @@ def _cost(solved: Solved) -> PlannedCost:
         return cost.forward_ps + (cost.backward_ps if train else 0)
 
     gradients = sum(c.ps for c in lowered.collectives if c.category == "parameter_gradient")
-    compute, communication = own(lowered.compute), own(lowered.communication) + (gradients if train else 0)
+    optimizer = optimizer_step_ps(solved.formulation.pricing, solved.formulation.graph, lowered.stored)
+    compute, communication = own(lowered.compute) + optimizer, own(lowered.communication) + (gradients if train else 0)
     gap = solved.solution.cost - solved.solution.lower_bound
     return PlannedCost(
         (compute + communication) * 1e-12,
@@ -221,6 +222,7 @@ def _cost(solved: Solved) -> PlannedCost:
         solved.solution.proven,
         sum(c.ps for c in lowered.collectives if c.direction == "forward") * 1e-12,
         sum(c.ps for c in lowered.collectives if c.direction == "backward") * 1e-12,
+        optimizer * 1e-12,
     )
 
 
@@ -228,7 +230,7 @@ def _weighted(schedules: Sequence[Schedule]) -> PlannedCost:
     """The workloads' costs times their weights; of a single one, its own."""
     if len(schedules) == 1:
         return schedules[0].cost
-    names = ("total_s", "compute_s", "comm_s", "lower_bound_s", "forward_comm_s", "backward_comm_s")
+    names = ("total_s", "compute_s", "comm_s", "lower_bound_s", "forward_comm_s", "backward_comm_s", "optimizer_s")
     sums = {name: sum(s.workload.weight * getattr(s.cost, name) for s in schedules) for name in names}
     return PlannedCost(**sums, proven=all(s.cost.proven for s in schedules))
 

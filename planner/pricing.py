@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from colrow.cost_models.compute import attention_flops, matmul_s, operator_s
+from colrow.cost_models.compute import attention_flops, matmul_s, operator_s, optimizer_step_s
 from colrow.cost_models.hardware import Hardware
 
 from .graph import VIEWS, Node, numel
@@ -73,6 +73,14 @@ class Pricing:
     def matmul(self, flops: float, nbytes: float, result_elements: float, dtype: torch.dtype) -> int:
         """Picoseconds of a local matmul whose result has so many elements on this rank."""
         return _picoseconds(matmul_s(flops, nbytes, result_elements, _name(dtype), self.hardware))
+
+    def optimizer_step(self, parameter_bytes: int, state_bytes: int) -> int:
+        """Picoseconds that a rank's part of a parameter adds to the optimiser's one step, its launch beside."""
+        return _picoseconds(optimizer_step_s(parameter_bytes, state_bytes, self.hardware)) - self.launch()
+
+    def launch(self) -> int:
+        """Picoseconds of launching a kernel."""
+        return _picoseconds(self.hardware.launch_overhead_s)
 
     def move(self, move: Move, nbytes: int, *, free: bool = False) -> Cost:
         """A move of a value of ``nbytes`` globally. Local steps cost a pass over memory, or nothing on parameters

@@ -90,7 +90,9 @@ def _asked(length: Length, ranks: int) -> str:
 
 def _cost(cost: PlannedCost) -> str:
     share = f" ({cost.comm_s / cost.total_s:.0%})" if cost.total_s else ""
-    return f"{seconds(cost.total_s)} = {seconds(cost.compute_s)} compute + {seconds(cost.comm_s)} communication{share}"
+    compute = f"{seconds(cost.compute_s)} compute"
+    compute += f" ({seconds(cost.optimizer_s)} in the optimiser's step)" if cost.optimizer_s else ""
+    return f"{seconds(cost.total_s)} = {compute} + {seconds(cost.comm_s)} communication{share}"
 
 
 def _proof(plan: Plan) -> str:

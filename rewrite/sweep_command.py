@@ -268,6 +268,7 @@ def _point_json(point: Point, points: Sequence[Point]) -> dict[str, Any]:
         "fits": point.fits,
         "step_s": point.step_s,
         "compute_s": point.compute_s,
+        "optimizer_s": point.plan.cost.optimizer_s,
         "comm_s": point.comm_s,
         "comm_latency_s": point.empty_s,
         "comm_transfer_s": point.transfer_s,

@@ -66,12 +66,23 @@ class PlanIlp:
         slope = parameter_gradient_ps(self.pricing, node.nbytes, self._backward) if node.op == "parameter" else 0
         for s in self.of.domain(node.index):
             summed = node.op == "parameter" and _is_summed(s)
-            self.y[node.index, s] = self._column(slope if summed else 0)
+            self.y[node.index, s] = self._column((slope if summed else 0) + self._updated(node, s))
             if summed:
                 self._flag(BlockOf(self.graph)(node.fqn), self.y[node.index, s])
             if penalised and isinstance(s, Replicate):
                 self.rows.append(({self.y[node.index, s]: 1}, 0, 0))
         self.rows.append((dict.fromkeys(self.stored(node.index).values(), 1), 1, 1))
+
+    def _updated(self, node: Node, stored: Stored) -> int:
+        """AdamW reads a parameter, its gradient and two moments, and writes all but the gradient."""
+        tied = [n for n in self.graph.nodes if self.root[n.index] == node.index]
+        if node.op != "parameter" or self.pricing.phase != "train" or not any(n.differentiable for n in tied):
+            return 0
+        cut = isinstance(stored, Shard) and not stored.layout.is_replicated
+        nbytes = node.nbytes * stored.layout.local // stored.layout.size if cut else node.nbytes
+        memory, launch_s = self.pricing.hardware.memory, self.pricing.hardware.launch_overhead_s
+        step_s = 7 * nbytes / (memory.bandwidth_bytes_per_s * memory.efficiency) + launch_s
+        return round(step_s * 1e12) - round(launch_s * 1e12)
 
     def _backward(self, ps: int) -> int:
         return self.pricing.weighed(Cost(0, ps))
