@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 
 import pytest
 from bench import links
-from bench.links import Step, refusal, steps_over, wrong_orders
+from bench.links import Step, limited, refusal, steps_over, wrong_orders
 
 
 def step(plan: str, predicted: float, measured: float, model: str = "m") -> Step:
@@ -27,6 +28,24 @@ def test_without_root_it_is_said(monkeypatch):
     assert "root" in refusal()
     monkeypatch.setattr(links, "steps_over", lambda link: [])
     assert links.main(["100mbit"]) == 0
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_namespaces_are_taken_down_whatever_happens(interruption):
+    if refusal():
+        pytest.skip(f"links cannot be limited here: {refusal()}")
+    made: list[str] = []
+    with pytest.raises(interruption), limited("100mbit") as names:
+        made += names
+        assert all(name in namespaces() for name in names)
+        raise interruption
+    assert not any(name in namespaces() for name in made)
+    assert len(made) == 2
+
+
+def namespaces() -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout
+    return [line.split()[0] for line in listed.splitlines()]
 
 
 def test_on_a_slow_link_one_rank_is_faster_as_predicted():

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,6 +44,7 @@ WIDTHS = (128, 256, 512)
 TOKENS, LAYERS = 128, 2
 CLEARLY = 1.25  # predictions further apart than this must be in the measured order
 READINGS = 30
+LONGEST_S = 600.0  # of one link; it takes about three minutes
 ADDRESS, DEVICE = "10.77.0", "wire"
 
 
@@ -214,8 +217,8 @@ def limited(rate: str) -> Iterator[list[str]]:
             ip("netns", "exec", name, "tc", "qdisc", "add", "dev", DEVICE, *bucket)
         yield names
     finally:
-        for name in made:
-            ip("netns", "del", name)  # and the devices in it
+        for name in made:  # and the devices in it; one that will not go is no reason to leave the other
+            subprocess.run(["ip", "netns", "del", name], check=False)
 
 
 def steps_over(
@@ -231,7 +234,7 @@ def steps_over(
     """
     rate = LINKS[link]
     if not rate:
-        return run_ranks(steps_on_rank, 2, "gloo", (link, tuple(widths), tuple(models), seconds), 3600.0)[0]
+        return run_ranks(steps_on_rank, 2, "gloo", (link, tuple(widths), tuple(models), seconds), LONGEST_S)[0]
     with limited(rate) as names:
         ranks = []
         for rank, name in enumerate(names):
@@ -243,10 +246,11 @@ def steps_over(
             command += [",".join(map(str, widths)), ",".join(models), str(seconds or "")]
             ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         try:
-            printed = [rank.communicate(timeout=3600)[0] for rank in ranks]
+            printed = [rank.communicate(timeout=LONGEST_S)[0] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
+                rank.wait()  # its namespace goes with the last process in it
         if any(rank.returncode for rank in ranks):
             raise RuntimeError(f"a rank on the {link} link ended with {[rank.returncode for rank in ranks]}")
     return [Step(**step) for step in json.loads(printed[0].splitlines()[-1])]
@@ -291,8 +295,12 @@ def main(links: list[str]) -> int:
         if LINKS[link] and why:
             out.print(f"{link}: skipped: {why}")
             continue
+        print(f"{link}: calibrating, then {3 * len(WIDTHS) * len(MODELS)} plans to time, a dot each", file=sys.stderr)
+        begin_s = time.monotonic()
         steps += steps_over(link)
-        print(file=sys.stderr)
+        print(f"\n{link}: took {time.monotonic() - begin_s:.0f} s", file=sys.stderr)
+    if not steps:
+        return 0
     table = Table("link", "model", "plan", "predicted", "of that, comm", "measured", "error")
     table.title = "A forward pass on 2 gloo ranks, ms: predicted from a calibrated profile of the link, and measured"
     for step in steps:
@@ -316,4 +324,5 @@ if __name__ == "__main__":
         join(*sys.argv[2:])
     else:
         sys.path.insert(0, str(Path(__file__).parent))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: namespaces are taken down
         sys.exit(main(sys.argv[1:]))
