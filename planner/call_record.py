@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -133,9 +133,10 @@ class RawCall:
 class CallRecorder(TorchFunctionMode):
     """Keeps a `RawCall` per API call and tags the FX nodes traced inside it with its index."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, but: Container[int] = ()) -> None:
+        """Records the calls of ``model``; those of modules whose ids are in ``but`` are their callers' calls."""
         super().__init__()
-        self.own = frozenset(id(module) for module in model.modules())
+        self.own = frozenset(id(module) for module in model.modules() if id(module) not in but)
         self.calls: list[RawCall] = []
         self.measured: dict[Any, set[int]] = {}
         """FX node -> dims whose length the model's code has read."""
@@ -222,7 +223,7 @@ def _made_by(tensor: torch.Tensor, tracer: Any) -> Any:
     return slot.proxy.node if slot is not None else None
 
 
-def _itself(module: nn.Module) -> nn.Module:
+def itself(module: nn.Module) -> nn.Module:
     """The module behind the stand-in through which make_fx shows modules that have several names."""
     base = getattr(type(module), "get_base", None)
     return module if base is None else base(module)
@@ -238,7 +239,7 @@ def _caller(own: frozenset[int]) -> tuple[nn.Module | None, tuple[tuple[CodeType
     while frame is not None:
         code = frame.f_code
         if code is _MODULE_CALL:
-            module = _itself(frame.f_locals["self"])
+            module = itself(frame.f_locals["self"])
             if id(module) in own:
                 return module, tuple(reversed(chain))
             chain.clear()

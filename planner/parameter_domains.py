@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from .candidates import Candidates
 from .edits import ParameterEdit
 from .graph import Graph, Node
+from .opaque import OPERATOR as OPAQUE
 from .placement import PARTIAL_GRAD, WHOLE, Shard
 from .roles import Weight, label_of
 from .site_settings import Options
@@ -66,7 +67,12 @@ class ParameterDomains:
         if weight is not None and splits:
             never = self.penalises and self.options.replicate == "never"
             return ParameterChoice((*splits, *_wholes(node)), never and not weight.may_stay_whole)
-        reason = "no dim of it can be cut for this many ranks" if weight is not None else ""
+        reason = ""
+        if weight is not None:
+            opaque = any(self.graph.nodes[reader].op == OPAQUE for reader in weight.readers)
+            reason = (
+                "read by a module that cannot be traced" if opaque else "no dim of it can be cut for this many ranks"
+            )
         return ParameterChoice((*_wholes(node), *splits), reason=reason)
 
     def _given(self, node: Node, edit: ParameterEdit) -> Domain:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .blocks import outermost
 from .graph import LEAVES, VIEWS, Graph, Node, numel
+from .opaque import OPERATOR as OPAQUE
 from .placement import WHOLE
 from .rules import Operation
 from .rules.products import FACTORS
@@ -21,7 +22,7 @@ _THROUGH = VIEWS | {"to", "contiguous", "clone", "index", "type_as"}
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter that a product or an embedding reads.
+    """A parameter that a product or an embedding reads, or a module that could not be traced.
 
     Attributes:
         index: Its (canonical) node.
@@ -160,7 +161,7 @@ def _products(graph: Graph, weight: Node, users: list[list[int]]) -> list[int]:
             if reader in seen:
                 continue
             seen.add(reader)
-            if node.op in FACTORS or node.op == "embedding":
+            if node.op in FACTORS or node.op in ("embedding", OPAQUE):
                 if numel(weight.shape) > 1:
                     found.append(reader)
             elif node.op in _THROUGH:

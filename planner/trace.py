@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from .folding import Folding
 from .graph import Graph
 from .known_values import KnownValues, unchecked_values, without_known
 from .lifting import graph_of
+from .opaque import as_operators, findings_of, opaque_modules
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 
@@ -51,28 +52,54 @@ def trace(model: nn.Module, example_inputs: Inputs, *, fold: bool = True) -> Gra
         try:
             graph = _folded(model, example_inputs, fold, known_values=True)
         except TraceError as also:
-            raise TraceError(
-                refused.where,
-                f"{refused.wrong}, nor with known values {also.wrong[also.wrong.index('(') :]}",
-                remedy=refused.remedy,
-            ) from also.__cause__
+            found = _around_opaque(model, example_inputs, fold, also)
+            if found is None:
+                raise TraceError(
+                    refused.where,
+                    f"{refused.wrong}, nor with known values {also.wrong[also.wrong.index('(') :]}",
+                    remedy=refused.remedy,
+                ) from also.__cause__
+            graph = found
     graph.assumptions["route"] = "make_fx with known values: holds for masks and inputs of these values"
     return graph
 
 
-def _folded(model: nn.Module, example_inputs: Inputs, fold: bool, known_values: bool = False) -> Graph:
+def _around_opaque(model: nn.Module, example_inputs: Inputs, fold: bool, refused: TraceError) -> Graph | None:
+    """The graph with every submodule that cannot be traced as one operator; None if that does not help."""
+    made: list[Graph] = []
+
+    def attempt(opaque: Mapping[str, str]) -> TraceError | None:
+        try:
+            made.append(_folded(model, example_inputs, fold, known_values=True, opaque=opaque))
+        except TraceError as error:
+            return error
+        return None
+
+    left = opaque_modules(model, refused, attempt)
+    if not left:
+        return None
+    graph = made[-1]
+    graph.findings += findings_of(left)
+    return graph
+
+
+def _folded(
+    model: nn.Module, example_inputs: Inputs, fold: bool, known_values: bool = False, opaque: Iterable[str] = ()
+) -> Graph:
     if not fold:
-        return _traced(model, example_inputs, Folding(model, enabled=False), known_values)
+        return _traced(model, example_inputs, Folding(model, enabled=False), known_values, opaque)
     try:
-        return _traced(model, example_inputs, Folding(model), known_values)
+        return _traced(model, example_inputs, Folding(model), known_values, opaque)
     except Exception as error:  # a block that reads what differs between its copies; the unfolded trace decides
         reason = _first_line(error.__cause__ or error)
-    graph = _traced(model, example_inputs, Folding(model, enabled=False), known_values)
+    graph = _traced(model, example_inputs, Folding(model, enabled=False), known_values, opaque)
     graph.assumptions["folding"] = f"off: {reason}"
     return graph
 
 
-def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding, known_values: bool) -> Graph:
+def _traced(
+    model: nn.Module, example_inputs: Inputs, folding: Folding, known_values: bool, opaque: Iterable[str]
+) -> Graph:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     ties = tied_names(model)
     with fake_mode:
@@ -95,12 +122,14 @@ def _traced(model: nn.Module, example_inputs: Inputs, folding: Folding, known_va
         return [leaf for _, leaf in leaves]
 
     run._orig_mod = model  # type: ignore[attr-defined]  # make_fx reads module paths from it
-    recorder = CallRecorder(model)
+    left = {path: model.get_submodule(path) for path in opaque}
+    recorder = CallRecorder(model, but=frozenset(map(id, left.values())))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_without_cache(model))
         stack.enter_context(_without_stack_traces())
+        stack.enter_context(as_operators(left, recorder))
         stack.enter_context(folding.installed())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
