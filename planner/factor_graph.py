@@ -158,13 +158,17 @@ def validate(problem: Problem) -> None:
     for factors, kind in ((problem.factors, "factor"), (problem.memory, "memory factor")):
         spans: dict[int, int] = {}
         total = 0
+        used = {v for factor in factors for v in factor.variables}
+        in_range = not used or 0 <= min(used) <= max(used) < number
         for index, factor in enumerate(factors):
             scope, table = factor.variables, factor.table
-            if len(set(scope)) != len(scope) or (scope and not 0 <= min(scope) <= max(scope) < number):
+            if len(set(scope)) != len(scope) or (not in_range and scope and not 0 <= min(scope) <= max(scope) < number):
                 raise ValueError(f"{kind} {index}: variables {scope} are not distinct indices below {number}")
-            if table.shape != tuple([problem.sizes[v] for v in scope]) or table.dtype != np.int64:
-                raise ValueError(f"{kind} {index}: table {table.shape} {table.dtype} does not fit variables {scope}")
+            if table.shape != tuple([problem.sizes[v] for v in scope]):
+                raise ValueError(f"{kind} {index}: table {table.shape} does not fit variables {scope}")
             if id(table) not in spans:
+                if table.dtype != np.int64:
+                    raise ValueError(f"{kind} {index}: table of {table.dtype}, not int64")
                 finite = table[table < INFEASIBLE]
                 if kind == "memory factor" and finite.size != table.size:
                     raise ValueError(f"{kind} {index}: bytes must be finite; forbid combinations in a cost factor")

@@ -171,7 +171,7 @@ def _equal_blocks(model: nn.Module) -> list[list[str]]:
             continue
         by_signature: dict[Any, list[str]] = {}
         for position, child in enumerate(module):
-            if any(id(p) in shared for p in child.parameters()):
+            if shared and any(id(p) in shared for p in child.parameters()):
                 continue
             by_signature.setdefault(_signature(child, position), []).append(f"{name}.{position}")
         found = [group for group in by_signature.values() if len(group) > 1]

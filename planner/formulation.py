@@ -32,6 +32,7 @@ from .pricing import Cost, Pricing
 from .returned_values import output_price
 from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, outer_blocks, weights
 from .site_settings import Options, Settings
+from .sites import Site
 from .storing import Domain, Setting, Stored
 from .strategies import Choices, fixed_slices, is_leaf, reads, slice_options, tabulate
 
@@ -58,6 +59,7 @@ class Formulation:
         penalised: Variables of weights that pay for staying replicated.
         whole_outputs: What the model returns is whole on every rank.
         gather_ps: What gathering inside a block costs beside its time.
+        hidden: Bytes of the hidden state.
         problem: What the solver gets.
     """
 
@@ -72,6 +74,7 @@ class Formulation:
     flags: dict[str, int]
     whole_outputs: bool = True
     gather_ps: int = GATHER_PENALTY_PS
+    hidden: int = 0
     reasons: dict[int, str] = field(default_factory=dict)
     problem: Problem = field(default_factory=lambda: Problem((), ()))
 
@@ -122,7 +125,7 @@ class _Builder:
         self.out = Formulation(graph, pricing, [-1] * len(graph.nodes), [], [], [], self.weights, set(), {})
         self.out.whole_outputs = options.outputs == "whole"
         self.crossing = crossing(graph)
-        self.hidden = hidden_bytes(graph, self.crossing)
+        self.hidden = self.out.hidden = hidden_bytes(graph, self.crossing)
         slowest = pricing.collective("all_reduce", self.hidden) if pricing.ranks > 1 else 0
         self.out.gather_ps = max(GATHER_PENALTY_PS, 8 * slowest)
         self.settings = Settings(graph, options, pricing.ranks, self.found, self.same, self.weights, self.out.gather_ps)
@@ -236,7 +239,7 @@ class _Builder:
         ids = tuple(map(self._id, domains))
         copied = self.tables.get((node.template, node.differentiable, ids)) if self._is_alike(node) else None
         if copied is None:
-            setting = self.settings.of(node, operands)
+            setting = self.settings.of(node, operands, domains)
             slices: list[list[Shard]] = [[] for _ in operands]
             if any(setting.convertible):
                 slices = slice_options(self.graph, node, domains, self.settings.sequences)
@@ -408,9 +411,9 @@ def _alike(a: Stored, b: Stored) -> bool:
 
 def _shared_sites(graph: Graph) -> list[list[int]]:
     """Groups of nodes that one call expression made in several calls."""
-    calls: dict[object, list[int]] = {}
+    calls: dict[Site, list[int]] = {}
     for index, call in enumerate(graph.calls):
-        calls.setdefault((call.site.module, call.site.frames), []).append(index)
+        calls.setdefault(call.site, []).append(index)
     nodes: dict[int, list[int]] = {}
     for node in graph.nodes:
         nodes.setdefault(node.call, []).append(node.index)

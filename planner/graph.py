@@ -165,6 +165,7 @@ class Graph:
     findings: list[str] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
     _readers: list[list[int]] = field(default_factory=list, repr=False, compare=False)
+    _outermost: tuple[int, dict[str, str]] = field(default=(-1, {}), repr=False, compare=False)
 
     def users(self) -> list[list[int]]:
         """For each node, the nodes that read it; remembered while no node is added."""
@@ -175,6 +176,12 @@ class Graph:
                     readers[operand].append(node.index)
             self._readers = readers
         return self._readers
+
+    def outermost(self) -> dict[str, str]:
+        """Module paths -> their outermost blocks, as far as `roles.BlockOf` has looked; empty when a block is added."""
+        if self._outermost[0] != len(self.blocks):
+            self._outermost = len(self.blocks), {}
+        return self._outermost[1]
 
     def forget_users(self) -> None:
         """After nodes were changed in place."""

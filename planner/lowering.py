@@ -9,14 +9,14 @@ from typing import Literal
 from .call_record import Measured
 from .edits import CallEdit, ForwardEdits, ParameterEdit
 from .formulation import Formulation
-from .graph import Node, Ref, numel
+from .graph import Graph, Node, Ref, numel
 from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged, own_reductions
 from .moves import COMMUNICATES, Move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
 from .pricing import Cost
 from .returned_values import returned_part
-from .roles import BlockOf, crossing, hidden_bytes
+from .roles import BlockOf
 from .rules.pointwise import JOINT
 from .sites import Site
 from .storing import Stored
@@ -156,7 +156,8 @@ def _shared_edit(
     """The node's edit; copies of one operator with one choice share it, if they measure lengths of values stored
     alike."""
     leaves = formulation.graph.calls[node.call].leaves if node.call >= 0 else ()
-    origins = [leaf.origin.index for leaf in leaves if type(leaf) is Measured and isinstance(leaf.origin, Ref)]
+    measured = [origin for leaf in leaves if type(leaf) is Measured for origin in leaf.origins()]
+    origins = [origin.index for origin in measured if isinstance(origin, Ref)]
     key = (node.template, id(choice), *[id(out.stored[index]) for index in origins])
     if key not in shared:
         shared[key] = _edit(formulation, out, node, choice), out.own.get(node.index, ())
@@ -244,11 +245,12 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
     graph, pricing = formulation.graph, formulation.pricing
     block_of = BlockOf(graph)
     users = graph.users()
-    hidden = hidden_bytes(graph, crossing(graph))
+    hidden = formulation.hidden
     in_blocks = [n.index for n in graph.nodes if not is_leaf(n) and block_of(n.module)]
     first, last = (min(in_blocks), max(in_blocks)) if in_blocks else (0, len(graph.nodes))
     forward: list[Collective] = []
     backward: list[Collective] = []
+    linear: dict[object, bool] = {}
 
     def category(node: Node, nbytes: int) -> Category:
         if not block_of(node.module):
@@ -274,7 +276,9 @@ def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[
             if kind not in COMMUNICATES or (direction == "backward" and not node.differentiable):
                 continue
             forced = (
-                _forced_by(formulation, out, node, users) if direction == "forward" else f"gradient of {_named(node)}"
+                _forced_by(graph, node, out.choices[index].made, users, linear)
+                if direction == "forward"
+                else f"gradient of {_named(node)}"
             )
             ps = pricing.collective(kind, nbytes)
             into.append(
@@ -353,9 +357,11 @@ def _from_embedding(formulation: Formulation, node: Node) -> bool:
     return False
 
 
-def _forced_by(formulation: Formulation, out: Lowered, node: Node, users: list[list[int]]) -> str:
-    """The operator that needs the move: for a partial sum the first that is not linear in it, else the first reader."""
-    graph, made = formulation.graph, out.choices[node.index].made
+def _forced_by(graph: Graph, node: Node, made: Stored, users: list[list[int]], linear: dict[object, bool]) -> str:
+    """The operator that needs the move: for a partial sum the first that is not linear in it, else the first reader.
+
+    ``linear`` remembers which operators are; copies are what their templates are.
+    """
     frontier, seen = [node.index], {node.index}
     while frontier:
         value = frontier.pop(0)
@@ -364,9 +370,15 @@ def _forced_by(formulation: Formulation, out: Lowered, node: Node, users: list[l
             if reader in seen:
                 continue
             seen.add(reader)
-            joins = other.op in JOINT
-            placed: dict[int, Stored] = {i: PARTIAL if i == value or joins else WHOLE for i in reads(other)}
-            if not isinstance(made, Partial) or apply_rule(graph, other, placed) != PARTIAL:
+            if not isinstance(made, Partial):
+                return _named(other)
+            operands = reads(other)
+            key = (other.template, operands.index(value))
+            if key not in linear:
+                joins = other.op in JOINT
+                placed: dict[int, Stored] = {i: PARTIAL if i == value or joins else WHOLE for i in operands}
+                linear[key] = apply_rule(graph, other, placed) == PARTIAL
+            if not linear[key]:
                 return _named(other)
             frontier.append(reader)
     return "the model's output"

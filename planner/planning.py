@@ -75,7 +75,8 @@ def plan(
     """
     _check(tp, phase, sequence_parallel, replicate, outputs, pin)
     refuse_unsuitable(model)
-    refuse_pins_of_nothing(pin or {}, (name for name, _ in model.named_parameters(remove_duplicate=False)))
+    if pin:
+        refuse_pins_of_nothing(pin, (name for name, _ in model.named_parameters(remove_duplicate=False)))
     profile = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
     asked = _asked(example_inputs, phase, workloads, context)
     traced = [(workload, trace(model, inputs)) for workload, inputs in asked]
@@ -239,15 +240,9 @@ def _findings(solved: Solved, options: Options, hardware: Hardware) -> tuple[str
     graph, collectives = solved.formulation.graph, solved.lowered.collectives
     unknown: dict[str, int] = {}
     for node in graph.nodes:
-        values = [node, *(graph.nodes[i] for i in node.operands)]
-        floating = any(v.dtype.is_floating_point for v in values)
-        if (
-            floating
-            and not is_leaf(node)
-            and node.operands
-            and node.op not in RULES
-            and node.op.rstrip("_") not in RULES
-        ):
+        if is_leaf(node) or not node.operands or node.op in RULES or node.op.rstrip("_") in RULES:
+            continue
+        if any(v.dtype.is_floating_point for v in (node, *(graph.nodes[i] for i in node.operands))):
             unknown[node.op] = unknown.get(node.op, 0) + 1
     found = [
         f"operator without a rule, its operands are replicated: {op} ({count}x)"

@@ -65,7 +65,7 @@ class BlockOf:
 
     def __init__(self, graph: Graph) -> None:
         self._paths = set(outer_blocks(graph))
-        self._found: dict[str, str] = {}
+        self._found = graph.outermost()
 
     def __call__(self, fqn: str) -> str:
         """The block that contains ``fqn``; "" if none does."""

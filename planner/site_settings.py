@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +17,7 @@ from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Shard
 from .roles import BlockOf, Weight
 from .sequence import is_read, sequence_splits
 from .sites import Frame
-from .storing import Fixed, Setting
+from .storing import Domain, Fixed, Setting
 
 _NO_RESULT = frozenset({"getitem", "slice_scatter"})  # not what their call returns
 
@@ -69,15 +69,14 @@ class Settings:
         insists = bool(self.sequences) and options.sequence_parallel is True
         self.least_avoided = min(map(numel, self.sequences)) if insists else None
         self.users, self.block_of = graph.users(), BlockOf(graph)
-        distinct = {layout for layouts in found.found.values() for layout in layouts}
-        self.padding = Padding(graph) if any(layout.is_padded for layout in distinct) else None
+        self.padding = Padding(graph)
         self.call_nodes: dict[int, list[int]] = {}
         for node in graph.nodes:
             if node.call >= 0:
                 self.call_nodes.setdefault(node.call, []).append(node.index)
 
-    def of(self, node: Node, operands: tuple[int, ...]) -> Setting:
-        """What the graph and the user allow at ``node``."""
+    def of(self, node: Node, operands: tuple[int, ...], domains: Sequence[Domain]) -> Setting:
+        """What the graph and the user allow at ``node``, whose operands are stored in one of ``domains``."""
         movable, editable = False, False
         if node.call >= 0:
             call = self.graph.calls[node.call]
@@ -109,7 +108,7 @@ class Settings:
             self.gather_ps // 2 if never else 0,
             self._births(node, editable),
             fixed,
-            self.padding.fragile(node) if self.padding is not None else frozenset(),
+            self.padding.fragile(node) if any(map(_may_be_padded, domains)) else frozenset(),
             any(is_written(self.graph.nodes[reader], node.index) for reader in self.users[node.index]),
         )
 
@@ -160,6 +159,12 @@ class Settings:
         call = self.graph.calls[node.call]
         inside = [n for n in self.call_nodes[node.call] if operand in self.graph.nodes[n].operands]
         return inside == [node.index] and Ref(operand) in call.leaves
+
+
+def _may_be_padded(domain: Domain) -> bool:
+    """Whether a value's shard may be padded as it is stored (a cut that pads is no part of this)."""
+    parts = (part for stored in domain for part in (stored if isinstance(stored, tuple) else (stored,)))
+    return any(isinstance(part, Shard) and part.layout.is_padded for part in parts)
 
 
 def is_written(reader: Node, index: int) -> bool:

@@ -42,6 +42,10 @@ class Site:
     module: str
     frames: tuple[Frame, ...]
 
+    def __hash__(self) -> int:
+        """The innermost frame tells nearly all sites apart, and a chain may be long."""
+        return hash((self.module, self.frames[-1:]))
+
 
 # A frame is looked up once per traced call, and walking co_positions is linear in the code: remembered by identity,
 # because equal code objects of two files compare equal. The code object is kept so that its id stays its own.

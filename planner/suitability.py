@@ -25,7 +25,8 @@ def refuse_unsuitable(model: nn.Module) -> None:
         raise UsageError(
             where, "the model is dispatched by a device_map", got=device_map, remedy="Load it without device_map."
         )
-    for path, module in model.named_modules():
+    modules = list(model.named_modules())
+    for path, module in modules:
         if hasattr(module, "_hf_hook"):
             raise UsageError(
                 path or where,
@@ -37,7 +38,12 @@ def refuse_unsuitable(model: nn.Module) -> None:
     method = getattr(model, "quantization_method", None)
     if getattr(model, "is_quantized", False) or method:
         raise UsageError(where, "its weights are quantised", got=method, remedy="Load them in bf16, fp16 or fp32.")
-    for name, value in model.named_parameters():
+    for name, value in (
+        (f"{path}.{name}" if path else name, value)
+        for path, module in modules
+        for name, value in module._parameters.items()
+        if value is not None
+    ):
         if isinstance(value, DTensor):
             raise UsageError(name, "the model is parallel already", got="a DTensor", remedy="Build the model anew.")
         wrapped = is_traceable_wrapper_subclass(value) and not type(value).__module__.startswith("torch.")
