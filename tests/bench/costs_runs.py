@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from costs_tables import DATA
 
@@ -39,11 +39,11 @@ class Run:
         )
 
 
-def published_runs() -> tuple[list[dict[str, Any]], list[Run]]:
-    """The groups of the data file, and every series predicted."""
+def published_runs(part: Literal["groups", "held_out"] = "groups") -> tuple[list[dict[str, Any]], list[Run]]:
+    """The groups of a part of the data file (its note says which is which), and every series predicted."""
     content = json.loads((DATA / "published_runs.json").read_text("utf-8"))
-    runs = [_run(group, series, content["models"]) for group in content["groups"] for series in group["series"]]
-    return content["groups"], runs
+    runs = [_run(group, series, content["models"]) for group in content[part] for series in group["series"]]
+    return content[part], runs
 
 
 def _run(group: dict[str, Any], series: dict[str, Any], models: dict[str, Any]) -> Run:
@@ -61,6 +61,10 @@ def _run(group: dict[str, Any], series: dict[str, Any], models: dict[str, Any]) 
 def _seconds(group: dict[str, Any], series: dict[str, Any], model: Transformer, tp: int) -> StepSeconds:
     """The prompt in one step, then a step per new token at the mean context."""
     hardware = load_hardware(group["hardware"])
+    if "compute_of" in group:  # the same GPU on other links
+        gpu = load_hardware(group["compute_of"])
+        own = {"compute": gpu.compute, "memory": gpu.memory, "launch_overhead_s": gpu.launch_overhead_s}
+        hardware = hardware.model_copy(update=own)
     if "eager_collective_s" in group:  # the runs' host is not the profile's
         hardware = hardware.model_copy(update={"eager_collective_s": group["eager_collective_s"]})
     steps = series["output_len"]
