@@ -91,8 +91,8 @@ def append_copy(
         refs[node.index] = Ref(first + offset)
 
     def moved(item: Any) -> Any:
-        if isinstance(item, Measured) and isinstance(item.origin, Ref):
-            return Measured.read(int(item), refs.get(item.origin.index, item.origin), item.dim)
+        if isinstance(item, Measured):
+            return item.resolved(lambda origin: refs.get(origin.index, origin))
         return refs.get(item.index, item) if isinstance(item, Ref) else item
 
     calls: dict[int, int] = {-1: -1}
@@ -117,7 +117,7 @@ def append_copy(
 def _values(leaves: tuple[Any, ...]) -> Iterator[int]:
     """Values among a call's leaves, and those that its lengths were measured on."""
     for leaf in leaves:
-        yield from references(leaf.origin if isinstance(leaf, Measured) else leaf)
+        yield from references(list(leaf.origins()) if isinstance(leaf, Measured) else leaf)
 
 
 def _is_flat(items: tuple[Any, ...]) -> bool:

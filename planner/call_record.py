@@ -40,10 +40,12 @@ class Measured(int):
     Attributes:
         origin: The value it was read from; None for products and quotients of lengths.
         dim: Which dim of it.
+        formula: What it was calculated from: the method, the length, the other operand.
     """
 
     origin: Any = None
     dim: int = 0
+    formula: tuple[str, Measured, Any] | None = None
 
     @classmethod
     def read(cls, length: int, origin: Any, dim: int) -> Measured:
@@ -54,7 +56,52 @@ class Measured(int):
 
     def _combined(self, method: str, other: Any) -> Any:
         result = getattr(int, method)(self, other)
-        return Measured(result) if type(result) is int else result
+        if type(result) is not int:
+            return result
+        made = Measured(result)
+        made.formula = method, self, other
+        return made
+
+    def resolved(self, value_of: Callable[[Any], Any]) -> Measured:
+        """The same length with its origins replaced."""
+        made = Measured(self)
+        made.origin, made.dim = None if self.origin is None else value_of(self.origin), self.dim
+        if self.formula is not None:
+            method, left, right = self.formula
+            made.formula = (
+                method,
+                left.resolved(value_of),
+                right.resolved(value_of) if isinstance(right, Measured) else right,
+            )
+        return made
+
+    def origins(self) -> Iterator[Any]:
+        """All values it was read from."""
+        if self.formula is None:
+            yield self.origin
+            return
+        for operand in self.formula[1:]:
+            if isinstance(operand, Measured):
+                yield from operand.origins()
+
+    def read_on(self, local: Callable[[Any, int, int], int | None]) -> int | None:
+        """What the same code reads where tensors are local.
+
+        Args:
+            local: The local length of ``(origin, dim, whole length)``; None: not known.
+
+        Returns:
+            None where an origin is not known, or a local length does not divide where the whole one does.
+        """
+        if self.formula is None:
+            return None if self.origin is None else local(self.origin, self.dim, int(self))
+        method, left, right = self.formula
+        a = left.read_on(local)
+        b = right.read_on(local) if isinstance(right, Measured) else right
+        if a is None or b is None or (method == "__floordiv__" and int(left) % right == 0 != a % b):
+            return None
+        made: int = getattr(int, method)(a, b)
+        return made
 
     def __mul__(self, other: Any) -> Any:
         """Products of a measured length are measured."""

@@ -233,11 +233,14 @@ class _Lifting:
 
     def _resolve(self, leaf: Any) -> Any:
         """A recorded argument: tensors as the values they are, measured lengths with the value they were read from."""
-        if isinstance(leaf, Measured) and isinstance(leaf.origin, torch.fx.Node):
-            found = self.value.get(leaf.origin)
-            return Measured.read(int(leaf), found if isinstance(found, Ref) else None, leaf.dim)
+        if isinstance(leaf, Measured):
+            return leaf.resolved(self._origin)
         found = self.value.get(leaf) if isinstance(leaf, torch.fx.Node) else leaf
         return found if not isinstance(found, list) else None
+
+    def _origin(self, read_from: Any) -> Ref | None:
+        found = self.value.get(read_from) if isinstance(read_from, torch.fx.Node) else read_from
+        return found if isinstance(found, Ref) else None
 
     def _block(self, node: torch.fx.Node) -> None:
         tensors, key, part = node.args

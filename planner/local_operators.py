@@ -51,6 +51,8 @@ def local_form(
     if not isinstance(made, (tuple, Shard)) and not any(isinstance(p, Shard) for p in placed.values()):
         return None
     first = placed[node.operands[0]] if node.operands else None
+    if _unreadable(node, call, placed):
+        return "its sizes cannot be calculated from local lengths"
     match node.op:
         case "embedding" if isinstance(first, Shard) and first.dim == 0:
             return _replaced(call, OperatorEdit("vocab_embedding", 0, first.layout))
@@ -128,14 +130,28 @@ def measured_sizes(
     for dim, length in enumerate(node.shape):
         leaf = _leaf_of(call, sizes, dim)
         value = call.leaves[leaf] if leaf is not None else None
-        if leaf is None or not isinstance(value, Measured) or not isinstance(value.origin, Ref):
+        if leaf is None or not isinstance(value, Measured):
             continue
-        source = stored(value.origin.index)
-        reads = source.layout.local if isinstance(source, Shard) and source.dim == value.dim else int(value)
+        reads = value.read_on(lambda origin, at, whole: _local_length(stored(origin.index), at, whole))
         needs = made.layout.local if isinstance(made, Shard) and made.dim == dim else length
-        if reads != needs:
+        if reads is not None and reads != needs:
             edits.append((leaf, reads, needs))
     return CallEdit(integers=tuple(edits)) if edits else None
+
+
+def _local_length(placement: object, dim: int, whole: int) -> int:
+    return placement.layout.local if isinstance(placement, Shard) and placement.dim == dim else whole
+
+
+def _unreadable(node: Node, call: Call | None, placed: Placed) -> bool:
+    """Whether the code calculates a size from lengths of this operator's operands, and cannot from the local ones."""
+
+    def local(origin: Any, dim: int, whole: int) -> int:
+        return _local_length(placed.get(origin.index), dim, whole)
+
+    sizes = [leaf for leaf in call.leaves if isinstance(leaf, Measured) and leaf.formula] if call is not None else []
+    known = [leaf for leaf in sizes if leaf.read_on(lambda origin, dim, whole: whole) is not None]
+    return node.op in _SIZED and any(leaf.read_on(local) is None for leaf in known)
 
 
 def _whole_lengths(call: Call, stored: Callable[[int], object]) -> CallEdit | None:

@@ -29,6 +29,7 @@ from .call_record import CallRecorder
 from .folding import Folding
 from .graph import Graph
 from .known_values import KnownValues, unchecked_values, without_known
+from .library_caches import no_lengths_remembered
 from .lifting import graph_of
 from .opaque import as_operators, findings_of, opaque_modules
 
@@ -134,6 +135,7 @@ def _traced(
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
         stack.enter_context(unchecked_values())
+        stack.enter_context(no_lengths_remembered())
         if known_values:
             stack.enter_context(KnownValues())
         stack.enter_context(recorder)  # asked first: it sees every call

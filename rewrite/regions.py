@@ -326,7 +326,14 @@ def install_regions(
                 known[id(value)].slots.append((owner, name))
             else:
                 known[id(value)] = _reader(plan[fqn], [(owner, name)], group.rank, edits)
-    return [Region(modules[path], list(readers.values()), group, running) for path, readers in regions.items()]
+    return [Region(_called(modules, path), list(readers.values()), group, running) for path, readers in regions.items()]
+
+
+def _called(modules: dict[str, nn.Module], path: str) -> nn.Module:
+    """The module at ``path``; a block that is a list of modules is never called, but the module around it is."""
+    while path and isinstance(modules[path], nn.ModuleList | nn.ModuleDict):
+        path = path.rpartition(".")[0]
+    return modules[path]
 
 
 def _reader(spec: ParameterSpec, slots: list[Slot], rank: int, edits: Sequence[ForwardEdits]) -> Reader:
