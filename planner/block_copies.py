@@ -23,8 +23,8 @@ class Template:
         entries: Values that go in.
         exits: Values that come out.
         outer: Values that its nodes read and others made, in order of first use: parameters mostly.
-        nodes: Its operators, each with whether its arguments are values and constants without nesting.
-        calls: Its API calls, in order of first use, each with whether its leaves are values and constants.
+        nodes: Its operators, each with whether its arguments hold no values inside others.
+        calls: Its API calls, in order of first use, each with whether its leaves hold none either.
         whole: Those of its nodes that share memory with a tensor changed in place.
     """
 
@@ -121,5 +121,13 @@ def _values(leaves: tuple[Any, ...]) -> Iterator[int]:
 
 
 def _is_flat(items: tuple[Any, ...]) -> bool:
-    """Whether values and constants stand in ``items`` themselves, not inside lists or other arguments."""
-    return not any(isinstance(a, (tuple, list, dict, slice, Measured)) for a in items)
+    """Whether values stand in ``items`` themselves; what is nested holds constants only."""
+    return not any(isinstance(a, Measured) or (not isinstance(a, Ref) and _holds_values(a)) for a in items)
+
+
+def _holds_values(tree: Any) -> bool:
+    if isinstance(tree, slice):
+        tree = (tree.start, tree.stop, tree.step)
+    if isinstance(tree, (tuple, list, dict)):
+        return any(map(_holds_values, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, (Ref, Measured))

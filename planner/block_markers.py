@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, track_tensor
@@ -47,8 +48,9 @@ def _mark(tensors: Sequence[Tensor], key: int, part: str, make: Make) -> list[Te
     if mode is None:
         raise RuntimeError("a folded block runs outside its trace")
     tracer = mode.tracer
-    arguments = ([tracer.unwrap_proxy(tensor) for tensor in tensors], key, part)
-    proxy = tracer.create_proxy("call_function", block_marker, arguments, {}, name="block")
+    nodes = [tracer.unwrap_proxy(tensor).node for tensor in tensors]
+    node = tracer.graph.create_node("call_function", block_marker, (nodes, key, part), name="block")
+    proxy = torch.fx.Proxy(node, tracer)
     with disable_proxy_modes_tracing():
         made = make()
     for position, tensor in enumerate(made):

@@ -191,12 +191,17 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 _PLAIN = frozenset({int, float, str, bool, type(None), torch.dtype})
 _SLOTS = frozenset({"_parameters", "_buffers", "_modules"})
+_ALWAYS = frozenset(nn.Module().__dict__)  # hooks mostly, nearly always empty
 
 
 def _signature(block: nn.Module, position: int) -> Any:
     parts: list[Any] = []
     for name, module in block.named_modules():
-        values = [(key, _plain_value(value, position)) for key, value in module.__dict__.items() if key not in _SLOTS]
+        values = [
+            (key, _plain_value(value, position))
+            for key, value in module.__dict__.items()
+            if key not in _SLOTS and (key not in _ALWAYS or value)
+        ]
         parts.append((name, type(module), frozenset(values)))
         parts += [(key, p.shape, p.dtype, p.requires_grad) for key, p in module._parameters.items() if p is not None]
         parts += [(key, b.shape, b.dtype) for key, b in module._buffers.items() if b is not None]

@@ -235,9 +235,9 @@ class _Builder:
             self._wide_operator(node)
             return
         settings, all_slices = self.out.settings, self.out.slices
-        domains = [self.out.domain(i) for i in operands]
-        ids = tuple(map(self._id, domains))
-        copied = self.tables.get((node.template, node.differentiable, ids)) if self._is_alike(node) else None
+        domains = [self.out.domains[self.out.variable[i]] for i in operands]
+        like = (node.template, node.differentiable, *map(id, domains))  # copies share their operands' domains
+        copied = self.tables.get(like) if self._is_alike(node) else None
         if copied is None:
             setting = self.settings.of(node, operands, domains)
             slices: list[list[Shard]] = [[] for _ in operands]
@@ -245,9 +245,10 @@ class _Builder:
                 slices = slice_options(self.graph, node, domains, self.settings.sequences)
             if setting.fixed is not None:
                 slices = fixed_slices(setting)
+            ids = tuple(map(self._id, domains))
             made = self._tabulated(node, operands, domains, ids, setting, slices)
             copied = setting, slices, made, bool(made.table.any())
-            self.tables[(node.template, node.differentiable, ids)] = copied
+            self.tables[like] = copied
         setting, slices, made, costs = copied
         table = made.table
         variable = self._new(made.domain)

@@ -43,8 +43,8 @@ class Site:
     frames: tuple[Frame, ...]
 
     def __hash__(self) -> int:
-        """The innermost frame tells nearly all sites apart, and a chain may be long."""
-        return hash((self.module, self.frames[-1:]))
+        """Where the innermost frame is tells nearly all sites apart, and a chain may be long."""
+        return hash((self.module, self.frames[-1].span if self.frames else ()))
 
 
 # A frame is looked up once per traced call, and walking co_positions is linear in the code: remembered by identity,
