@@ -33,6 +33,12 @@ graph, ``custom_graph`` a kernel over peer memory with barriers in a CUDA graph 
 launched from Python, ``one_shot_graph`` kernels that write to every peer at once, data and flag together, in a CUDA
 graph (TensorRT-LLM)."""
 
+DTYPES = frozenset(
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+    " float4_e2m1fn_x2 int8 uint8 int16 int32 int64 complex64 complex128 bool".split()
+)
+"""torch's names. A misspelt one would silently run at float32's rate."""
+
 Topology = Literal["nvswitch", "nvlink_pairs", "pcie", "host"]
 """What joins the ranks of a node: a switch every GPU reaches at full rate, bridges between pairs and PCIe beyond, a
 PCIe tree, or the memory of one host (CPU ranks)."""
@@ -217,8 +223,11 @@ class Compute(Strict):
     source: Text
 
     @model_validator(mode="after")
-    def _float32_present(self) -> Self:
+    def _known_dtypes(self) -> Self:
         for field, rates in (("peak_flops_per_s", self.peak_flops_per_s), ("efficiency", self.efficiency)):
+            unknown = sorted(set(rates) - DTYPES)
+            if unknown:
+                raise ValueError(f"{field}.{unknown[0]} names no torch dtype")
             if "float32" not in rates:
                 raise ValueError(f"{field} must name float32, the rate of dtypes that are not listed")
         return self

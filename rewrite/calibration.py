@@ -208,21 +208,35 @@ def _curve(
     clock: Clock,
     budget_s: float,
 ) -> list[Row]:
-    """Times of one kind by size, up to where one call takes the share of several."""
+    """Times of one kind by size, up to where one call takes the share of several.
+
+    Slow calls are repeated less: once the budget is spent no further round begins, at twice the budget the sizes end.
+    """
     sizes = [SMALLEST_BYTES, *(STEP_BYTES << n for n in range((LARGEST_BYTES // STEP_BYTES).bit_length()))]
     share_s = budget_s / len(sizes) / ROUNDS
     best: dict[int, float] = {}
+    begin_s = time.monotonic()
     for _ in range(ROUNDS):
+        if _agreed_since_s(begin_s, agreeing) > budget_s and best:
+            break
         for nbytes in sizes:
             call, whole = _call(kind, nbytes, size, talking.group_name, clock.device)
             once_s = clock.once(call, agreeing, together=True)
             slow = once_s > 2 * share_s  # the link is: once is enough, and larger messages say no more
             seconds = once_s if slow else clock.repeated(call, once_s, share_s, agreeing, together=True)
             best[whole] = min(seconds, best.get(whole, seconds))
-            if slow and len(best) >= 4:
+            late = _agreed_since_s(begin_s, agreeing) > 2 * budget_s
+            if (slow or late) and len(best) >= 4:
                 sizes = [n for n in sizes if n <= nbytes]
                 break
     return sorted(best.items())
+
+
+def _agreed_since_s(begin_s: float, group: dist.ProcessGroup) -> float:
+    """Wall seconds since then, of the slowest rank: what ranks decide by must be the same on all."""
+    passed_s = torch.tensor([time.monotonic() - begin_s], dtype=torch.float64)
+    dist.all_reduce(passed_s, dist.ReduceOp.MAX, group=group)
+    return float(passed_s)
 
 
 def _call(

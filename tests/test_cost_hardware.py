@@ -133,6 +133,12 @@ def test_a_negative_value_or_another_unit_is_named(content, path, value) -> None
     assert "mine.json: " + ".".join(map(str, path)) + ": " in refusal(content)
 
 
+@pytest.mark.parametrize("field", ["peak_flops_per_s", "efficiency"])
+def test_a_misspelt_dtype_is_named(content, field) -> None:
+    content["compute"][field]["bfloat61"] = 0.5e12 if field == "peak_flops_per_s" else 0.5
+    assert f"{field}.bfloat61 names no torch dtype" in refusal(content)
+
+
 def test_a_unit_in_the_field_name_is_named_on_both_sides(content) -> None:
     group = content["collectives"]["all_reduce"]["groups"][0]
     group["latency_us"] = group.pop("latency_s") * 1e6
