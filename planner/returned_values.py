@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
 from .factor_graph import INFEASIBLE
 from .graph import Node
 from .moves import Move
@@ -37,3 +43,23 @@ def output_price(pricing: Pricing, node: Node, stored: Stored, whole: bool, is_r
     if isinstance(stored, Shard) and not stored.layout.elastic and (is_read or not whole):
         return pricing.weighed(pricing.move(returned_part(stored, whole), node.nbytes))
     return INFEASIBLE
+
+
+def parts_of(value: Any) -> dict[str, Any] | None:
+    """What a returned container holds, by key, index or field; None for anything else.
+
+    Objects count if they are dataclasses or have tensors among their attributes; a KV cache, which keeps its tensors
+    in layers, is the ranks' own and no result.
+    """
+    if isinstance(value, Tensor) or value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): part for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return {str(index): part for index, part in enumerate(value)}
+    if isinstance(value, type):
+        return None
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    held = getattr(value, "__dict__", {})
+    return dict(held) if any(isinstance(part, Tensor) for part in held.values()) else None

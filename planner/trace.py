@@ -31,6 +31,7 @@ from .graph import Graph
 from .known_values import KnownValues, unchecked_values, without_known
 from .library_caches import no_lengths_remembered
 from .lifting import graph_of
+from .returned_values import parts_of
 from .opaque import as_operators, findings_of, opaque_modules
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
@@ -189,10 +190,13 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 def _plain(result: Any) -> Any:
     """Model outputs as plain containers, so that pytree opens them."""
-    if isinstance(result, Mapping):
-        return {key: _plain(value) for key, value in result.items()}
-    if isinstance(result, (tuple, list)):
-        return [_plain(value) for value in result]
+    parts = parts_of(result)
+    if parts is not None:
+        return (
+            [_plain(part) for part in parts.values()]
+            if isinstance(result, (tuple, list))
+            else {key: _plain(part) for key, part in parts.items()}
+        )
     return result if isinstance(result, Tensor) else None  # a cache is the ranks' own, not a result
 
 

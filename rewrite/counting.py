@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -166,3 +166,6 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
     elif isinstance(outputs, list | tuple):
         for value in outputs:
             yield from _tensors(value)
+    elif is_dataclass(outputs):
+        for field in fields(outputs):
+            yield from _tensors(getattr(outputs, field.name))

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
 
+_classes: WeakKeyDictionary[type, int] = WeakKeyDictionary()
+_numbers = itertools.count()
+
 
 def identity(model: nn.Module) -> str:
     """A digest of classes, paths, shapes, hooks and every attribute that is no tensor, configurations included.
 
-    Copies of a model agree in it; whatever its forward may read and is not a tensor's value makes a difference.
+    Copies of a model in one process agree in it; whatever its forward may read and is not a tensor's value makes a
+    difference.
     """
     known: dict[int, int] = {}
     digest = hashlib.sha256()
     for path, module in model.named_modules(remove_duplicate=False):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        digest.update(repr((path, kind, _described(vars(module), known))).encode())
+        number = _classes.setdefault(type(module), next(_numbers))  # a notebook defines a class again by its name
+        digest.update(repr((path, kind, number, _described(vars(module), known))).encode())
     return digest.hexdigest()
 
 

@@ -4,7 +4,6 @@ plan says."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves, tree_map
 
-from colrow.cost_models.errors import PlanFileError, UsageError
+from colrow.cost_models.errors import PlanFileError, UsageError, ValidationError
 from colrow.planner.blocks import block_paths, outermost
 from colrow.planner.edits import CallEdit, ForwardEdits, ParameterEdit
 from colrow.planner.moves import Move
@@ -27,6 +27,7 @@ from .bodies import edit_module
 from .checkpoint import check_checkpoint, load_checkpoint
 from .clones import Replacement
 from .collectives import all_reduce, apply_move
+from .forms import CheckForm, Form, Key
 from .groups import TpGroup, group_of, tp_mesh
 from .identity import identity
 from .random_draws import RefuseTraining, lacks_draws
@@ -35,7 +36,7 @@ from .regions import install_regions
 from .replacements import scheduled
 from .returned import ReturnedGradients
 from .schedules import ChooseSchedule, Running, Stop
-from .split_outputs import GatherOutputs
+from .split_outputs import GatherOutputs, changed_at
 from .storage import ParameterSpec, store
 from .undoing import all_or_nothing
 from .validation import meta_copy, validate, with_local_shapes
@@ -61,7 +62,9 @@ def parallelize(
     """
     axis, group = tp_mesh(mesh), group_of(mesh)
     _agree(plan, group)
-    dense, (returned, draws_alike) = together(lambda: _check(model, plan, group, checkpoint), group, "parallelize")
+    dense, (returned, draws_alike, forms) = together(
+        lambda: _check(model, plan, group, checkpoint), group, "parallelize"
+    )
     with all_or_nothing(model):
         running = Running(plan.schedules)
         together(lambda: edit_bodies(model, plan, group, running), group, "parallelize")
@@ -75,21 +78,22 @@ def parallelize(
         if draws_alike:
             model.register_forward_pre_hook(RefuseTraining())
         install_regions(model, outermost(block_paths(model)), stored, group, running, edits)
-        if any(one.inputs for one in edits):
-            inputs = InputGradients([one.inputs for one in edits], group, running)
-            model.register_forward_pre_hook(inputs, with_kwargs=True)
+        checks = CheckForm(dense, plan, returned, group, running, forms)
+        model.register_forward_pre_hook(checks, with_kwargs=True)
+        model.register_forward_pre_hook(InputGradients(group, running, checks), with_kwargs=True)
         if any(not move.is_free for one in edits for _, move in one.split_outputs):
             model.register_forward_hook(GatherOutputs(edits, group, running))
-        model.register_forward_hook(ReturnedGradients(dense, plan, returned, group, running), with_kwargs=True)
+        model.register_forward_hook(ReturnedGradients(plan, group, running))
         if len(edits) > 1:
             model.register_forward_hook(Stop(running), always_call=True)
     _same_random_state(group)
     return model
 
 
-_validated: dict[tuple[str, str], tuple[tuple[frozenset[str], ...], bool]] = {}
-"""By the plan's digest and the model's identity: what each schedule's forward returns, and whether the plan lacks what
-training needs."""
+Validated = tuple[tuple[frozenset[str], ...], bool, dict[tuple[int, Key], Form | ValidationError]]
+_validated: dict[tuple[str, str], Validated] = {}
+"""By the plan's digest and the model's identity: what each schedule's forward returns, whether the plan lacks what
+training needs, and what was found out about other forms of the forward."""
 _validating = threading.Lock()
 
 
@@ -120,9 +124,7 @@ def _same_random_state(group: TpGroup) -> None:
         torch.cuda.set_rng_state(common(torch.cuda.get_rng_state()))
 
 
-def _check(
-    model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None
-) -> tuple[nn.Module, tuple[tuple[frozenset[str], ...], bool]]:
+def _check(model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path | None) -> tuple[nn.Module, Validated]:
     """Everything that can be refused, before anything is changed. A plan is validated once per process, for models
     that are alike.
 
@@ -142,25 +144,34 @@ def _check(
             edited = with_local_shapes(model, plan)
             running = Running(plan.schedules)
             edit_bodies(edited, plan, group, running)
-            _validated[key] = validate(dense, edited, plan, running), lacks_draws(dense, plan)
+            _validated[key] = validate(dense, edited, plan, running), lacks_draws(dense, plan), {}
         return dense, _validated[key]
 
 
 class InputGradients:
     """Pre-hook of the model: inputs that want a gradient get the sum of the ranks' partial ones."""
 
-    def __init__(self, names: Sequence[tuple[str, ...]], group: TpGroup, running: Running) -> None:
-        self.names, self.group, self.running = [frozenset(of_one) for of_one in names], group, running
+    def __init__(self, group: TpGroup, running: Running, checks: CheckForm) -> None:
+        self.group, self.running, self.checks = group, running, checks
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copies such inputs; nothing is done, or sent, for inputs without gradients."""
         del module
-        named = [*enumerate(args), *kwargs.items()]
-        if not any(isinstance(v, Tensor) and v.requires_grad for _, v in named):
+        partial = self.running.form.inputs
+        if not partial or not any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves((args, kwargs))):
             return None
-        names = self.names[self.running.index]
-        moved = {key: apply_move(v, _COPY, self.group) if str(key) in names else v for key, v in named}
-        return tuple(moved[i] for i in range(len(args))), {key: moved[key] for key in kwargs}
+        named = [*self.checks.named(args, {}), *kwargs]
+        number = {name: str(i) for i, name in enumerate(named[: len(args)])}  # positional examples are known by it
+        values = dict(zip(named, (*args, *kwargs.values()), strict=True))
+        for path in partial:
+            for name in named:
+                if path.split(".")[0] in (name, number.get(name)):
+                    own = tree_map(lambda leaf: leaf, values[name])  # the caller's containers stay as they are
+                    values[name] = changed_at(own, path.split(".")[1:], self._copied)
+        return tuple(values[name] for name in named[: len(args)]), {name: values[name] for name in kwargs}
+
+    def _copied(self, value: Tensor) -> Tensor:
+        return apply_move(value, _COPY, self.group)
 
 
 _COPY = Move("identity", "all_reduce")

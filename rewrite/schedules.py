@@ -6,13 +6,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from colrow.planner.plan_model import Schedule
 from colrow.planner.workloads import Length, phase_of
+
+if TYPE_CHECKING:
+    from .forms import Form
 
 
 class Running:
@@ -21,7 +24,10 @@ class Running:
     Attributes:
         index: Its position in the plan.
         otherwise: Of the schedule for calls that do not come through the model: it takes any shapes.
+        form: What is known of the running forward in the form it was called in.
     """
+
+    form: Form
 
     def __init__(self, schedules: Sequence[Schedule]) -> None:
         self.otherwise = next(i for i, schedule in enumerate(schedules) if not schedule.lengths)

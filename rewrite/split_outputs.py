@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from colrow.planner.edits import ForwardEdits
 from colrow.planner.moves import Move
+from colrow.planner.returned_values import parts_of
 
 from .collectives import apply_move
 from .groups import TpGroup
@@ -32,16 +33,21 @@ class GatherOutputs:
 
 
 def changed_at(tree: Any, path: Sequence[str], change: Callable[[Tensor], Tensor]) -> Any:
-    """``tree`` with the tensor at ``path`` changed, mappings in place; what is not there is left."""
+    """``tree`` with the tensor at ``path`` changed, mappings and objects in place; what is not there is left."""
     if not path or path == [""]:
         return change(tree) if isinstance(tree, Tensor) else tree
     key, rest = path[0], path[1:]
-    if isinstance(tree, MutableMapping):
-        if key in tree:
-            tree[key] = changed_at(tree[key], rest, change)
-    elif isinstance(tree, (tuple, list)) and key.isdigit() and int(key) < len(tree):
-        items = [changed_at(item, rest, change) if i == int(key) else item for i, item in enumerate(tree)]
-        return items if isinstance(tree, list) else tuple(items)
+    parts = parts_of(tree) or {}
+    if key not in parts:
+        return tree
+    changed = changed_at(parts[key], rest, change)
+    if isinstance(tree, (tuple, list)):
+        items = [*tree[: int(key)], changed, *tree[int(key) + 1 :]]
+        return items if isinstance(tree, list) else type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if not isinstance(tree, Mapping):
+        object.__setattr__(tree, key, changed)  # a frozen dataclass has none of its own
+    elif isinstance(tree, MutableMapping):
+        tree[next(own for own in tree if str(own) == key)] = changed
     return tree
 
 

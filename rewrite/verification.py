@@ -24,6 +24,7 @@ from colrow.cost_models.errors import UsageError
 from colrow.planner.blocks import block_paths, outermost
 from colrow.planner.plan_model import Plan
 from colrow.planner.random_weights import persistent_buffers, randomize
+from colrow.planner.returned_values import parts_of
 from colrow.planner.trace import Inputs
 
 from .comparison import (
@@ -284,10 +285,9 @@ def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """``(path, tensor)`` for all tensors in nested containers and mappings; a KV cache is left out."""
     if isinstance(value, Tensor):
         yield path or "output", value
-    elif isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, part in items:
-            yield from named_tensors(part, f"{path}.{key}" if path else str(key))
+    else:
+        for key, part in (parts_of(value) or {}).items():
+            yield from named_tensors(part, f"{path}.{key}" if path else key)
 
 
 def _loss(outputs: Any, inputs: Inputs) -> Tensor:

@@ -71,3 +71,16 @@ def test_a_failure_undoes_every_change(change):
         raise ValueError
     assert identity(model) == before
     assert (model.norm.weight == weight).all()
+
+
+def test_a_class_defined_again_is_another():
+    """As in a notebook: the same name and attributes, another forward."""
+
+    def defined(change):
+        class Named(nn.Module):
+            def forward(self, x):
+                return change(x)
+
+        return Named()
+
+    assert identity(defined(abs)) != identity(defined(abs))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 from functools import cache
 
 import pytest
@@ -65,7 +67,8 @@ def test_hidden_states(name):
         error = compared(dense, p, inputs, output_hidden_states=True)
     except RankError as refusal:
         assert name == "llama", "its plan passes partial sums on from block to block; the others' do not"
-        assert "output hidden_states.0: " in str(refusal) and "Plan with example inputs that ask" in str(refusal)
+        assert "call with output_hidden_states: the model was not planned in this form" in str(refusal)
+        assert "Plan with example inputs that ask" in str(refusal)
     else:
         assert error <= TOLERANCE
 
@@ -110,6 +113,71 @@ class Talkative(nn.Module):
         return made
 
 
+Pair = collections.namedtuple("Pair", "hidden out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """What a model may return that is no mapping."""
+
+    out: torch.Tensor
+    hidden: object
+    note: str = "kept"
+
+
+class Attributes:
+    def __init__(self, hidden, out):
+        self.hidden, self.out, self.note = hidden, out, "kept"
+
+
+CONTAINERS = {
+    "named tuple": Pair,
+    "dataclass": lambda hidden, out: Fields(out, hidden),
+    "dataclass in a list": lambda hidden, out: [Fields(out, {"h": (hidden, 3)})],
+    "object": Attributes,
+}
+
+
+class Wrapped(nn.Module):
+    """The hidden state's gradient is partial where it is returned, and the head's logits are split."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.inner, self.wrap = Talkative(), wrap
+
+    def forward(self, x):
+        made = self.inner(x, show=("normed",))
+        return self.wrap(made["normed"], made["out"])
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers(name):
+    """All that it returns is whole and takes whole gradients, in containers of the dense model's types."""
+    torch.manual_seed(0)
+    dense = randomize(Wrapped(CONTAINERS[name]).double())
+    inputs = {"x": torch.randn(3, HIDDEN, dtype=torch.float64)}
+    p = plan(dense, inputs, tp=TP, phase="train", outputs="whole")
+    types = []
+
+    def values(model):
+        made = model(**inputs)
+        types.append(type(made))
+        first = made[0] if isinstance(made, list) else made
+        hidden = first.hidden["h"][0] if isinstance(first.hidden, dict) else first.hidden
+        assert getattr(first, "note", "kept") == "kept"
+        (fixed_loss(hidden) + fixed_loss(first.out)).backward()
+        return hidden.detach(), first.out.detach(), model.inner.norm.weight.grad, model.inner.up.bias.grad
+
+    def on_rank():
+        *made, norm, up = values(parallelize(copy.deepcopy(dense), p))
+        return [*made, norm.full_tensor(), up.full_tensor()]
+
+    true = values(copy.deepcopy(dense))
+    for found in run_ranks(on_rank, TP):
+        assert max(map(error_of, found, true)) <= TOLERANCE
+    assert len(set(types)) == 1
+
+
 @cache
 def talkative():
     torch.manual_seed(0)
@@ -129,7 +197,7 @@ def test_a_partial_sum_does_not_get_out(grad):
         with torch.set_grad_enabled(grad):
             before = model(**inputs)["out"]
             for _ in range(2):
-                with pytest.raises(ValidationError, match="output branch: the model did not return it when it was"):
+                with pytest.raises(ValidationError, match="call with branch: the model was not planned in this form"):
                     model(**inputs, branch=True)
             assert torch.equal(model(**inputs)["out"], before)
 
