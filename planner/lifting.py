@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, cast
 
 import torch
@@ -56,13 +56,13 @@ class _Lifting:
         inputs: Any,
         folding: Folding,
     ) -> None:
-        self.traced, self.raw_calls, self.folding, self.model = traced, recorder.calls, folding, model
+        self.traced, self.raw_calls, self.folding = traced, recorder.calls, folding
         self.measured = recorder.measured
         self.graph = Graph()
-        self.leaf_names = _leaf_names(model, state, inputs)
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.leaf_names = _leaf_names(self.parameters, state, inputs)
         self.value: dict[torch.fx.Node, Ref | list[Ref]] = {}
         self.paths = {id(module): name for name, module in model.named_modules()}
-        self.requires_grad = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
         self.call_index: dict[int, int] = {}
         self.tensor_nodes: dict[int, list[int]] = {}
         self.leaf_index: dict[str, int] = {}
@@ -92,7 +92,7 @@ class _Lifting:
 
     def _unread_parameters(self) -> None:
         """Parameters that no traced operator reads are leaves all the same: they have to be stored somehow."""
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        for name, parameter in self.parameters.items():
             self.graph.parameters.append(name)
             if name not in self.leaf_index:
                 self._leaf("parameter", name, tuple(parameter.shape), parameter.dtype)
@@ -114,7 +114,8 @@ class _Lifting:
 
     def _leaf(self, kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ref:
         floating = dtype in _FLOATS
-        differentiable = floating and (kind == "input" or (kind == "parameter" and self.requires_grad.get(name, True)))
+        trained = kind == "parameter" and (name not in self.parameters or self.parameters[name].requires_grad)
+        differentiable = floating and (kind == "input" or trained)
         node = Node(len(self.graph.nodes), kind, (), {}, shape, dtype, fqn=name, differentiable=differentiable)
         self.graph.nodes.append(node)
         self.leaf_index[name] = node.index
@@ -289,9 +290,8 @@ def _content(value: Tensor) -> str:
     return hashlib.sha256(described + content).hexdigest()[:12]
 
 
-def _leaf_names(model: nn.Module, state: dict[str, Tensor], inputs: Any) -> list[tuple[str, str]]:
+def _leaf_names(parameters: Container[str], state: dict[str, Tensor], inputs: Any) -> list[tuple[str, str]]:
     """Kind and name of each placeholder, in make_fx's order."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names = [("parameter" if name in parameters else "buffer", name) for name in state]
     for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
         del leaf
@@ -318,15 +318,15 @@ def _record_blocks(graph: Graph, paths: list[str]) -> None:
     """Fills ``graph.blocks`` from the nodes' module paths; leaves count with the block that reads them first."""
     ranges: dict[str, tuple[int, int]] = {}
     known = set(paths)
+    around: dict[str, list[str]] = {"": []}  # module path -> the blocks it lies in
     for node in graph.nodes:
-        if not node.module:
-            continue
-        parts = node.module.split(".")
-        for depth in range(1, len(parts) + 1):
-            path = ".".join(parts[:depth])
-            if path in known:
-                start, _ = ranges.get(path, (node.index, 0))
-                ranges[path] = (start, node.index + 1)
+        if node.module not in around:
+            parts = node.module.split(".")
+            prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+            around[node.module] = [path for path in prefixes if path in known]
+        for path in around[node.module]:
+            start, _ = ranges.get(path, (node.index, 0))
+            ranges[path] = (start, node.index + 1)
     order = sorted(ranges.items(), key=lambda item: (item[1][0], -item[1][1]))
     position = {path: i for i, (path, _) in enumerate(order)}
     for i, (path, nodes) in enumerate(order):

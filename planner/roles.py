@@ -116,13 +116,21 @@ def weights(graph: Graph) -> dict[int, Weight]:
         total[block_of(graph.nodes[index].fqn)] = (
             total.get(block_of(graph.nodes[index].fqn), 0) + graph.nodes[index].nbytes
         )
+    narrows: dict[int, bool] = {}  # template of a product -> whether it projects down
+
+    def projects_down(product: int) -> bool:
+        template = graph.nodes[product].template
+        if template not in narrows:
+            narrows[template] = _projects_down(graph, product, users)
+        return narrows[template]
+
     return {
         index: Weight(
             index,
             tuple(dict.fromkeys(found)),
             block,
             graph.nodes[index].nbytes / max(1, total[block]),
-            bool(block) and all(_projects_down(graph, reader, users) for reader in found),
+            bool(block) and all(map(projects_down, found)),
         )
         for index, found in readers.items()
         for block in [block_of(graph.nodes[index].fqn)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -103,11 +103,11 @@ def _traced(
     model: nn.Module, example_inputs: Inputs, folding: Folding, known_values: bool, opaque: Iterable[str]
 ) -> Graph:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    ties = tied_names(model)
+    modules = list(model.named_modules())
     with fake_mode:
         state = {
             name: torch.empty(t.shape, dtype=t.dtype, device="cpu")
-            for name, t in _named_state(model)
+            for name, t in _named_state(modules)
             if not folding.covers(name)
         }
     inputs = pytree.tree_map_only(Tensor, _on_cpu, example_inputs)
@@ -129,7 +129,7 @@ def _traced(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(_without_cache(model))
+        stack.enter_context(_without_cache(modules))
         stack.enter_context(_without_stack_traces())
         stack.enter_context(as_operators(left, recorder))
         stack.enter_context(folding.installed())
@@ -155,8 +155,8 @@ def _traced(
                 remedy="Pass other example inputs, or make the data-dependent branch static.",
             ) from error
     graph = graph_of(traced, recorder, model, state, inputs, folding)
-    graph.ties, graph.output_paths = ties, paths
-    graph.assumptions.update(_assumptions(model))
+    graph.ties, graph.output_paths = tied_names(model), paths
+    graph.assumptions.update(_assumptions(model, graph))
     return graph
 
 
@@ -172,12 +172,12 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _named_state(modules: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, Tensor]]:
     """Every slot of every module once: a module of several names must not be swapped twice, nor restored wrongly."""
     return [
         (f"{path}.{name}" if path else name, value)
         for slots in ("_parameters", "_buffers")
-        for path, module in model.named_modules()
+        for path, module in modules
         for name, value in getattr(module, slots).items()
         if value is not None
     ]
@@ -201,10 +201,10 @@ def _plain(result: Any) -> Any:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def _without_cache(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     """Configurations ask for no KV cache while tracing: a cache is written under each block's index, so nothing
     would fold."""
-    configs = {id(c): c for m in model.modules() for c in [getattr(m, "config", None)] if c is not None}
+    configs = {id(c): c for _, m in modules for c in [getattr(m, "config", None)] if c is not None}
     asked = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
     for config in asked:
         config.use_cache = False
@@ -230,9 +230,9 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _assumptions(model: nn.Module) -> dict[str, str]:
+def _assumptions(model: nn.Module, graph: Graph) -> dict[str, str]:
     facts = {"mode": "train" if model.training else "eval", "torch": torch.__version__.split("+")[0]}
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    dtypes = sorted({str(node.dtype).removeprefix("torch.") for node in graph.nodes if node.op == "parameter"})
     facts["dtype"] = ",".join(dtypes)
     config = getattr(model, "config", None)
     for name in ("_attn_implementation", "_experts_implementation"):
