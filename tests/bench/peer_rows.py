@@ -77,9 +77,11 @@ def small_machine() -> Hardware:
     """A machine to which the small model's messages are what a whole model's are to the real one.
 
     With real latencies every message here would be free but for its start, and no plan would save a byte: a collective
-    of b bytes takes the real machine's time for ``SHRUNK * b``, divided by ``SHRUNK``.
+    of b bytes takes the real machine's time for ``SHRUNK * b``, divided by ``SHRUNK``, and so do kernels' starts.
     """
     profile = load_hardware(HARDWARE).model_dump(mode="json", by_alias=True)
+    profile["launch_overhead_s"] /= SHRUNK
+    profile["compute"]["matmul_start_s"] /= SHRUNK
     for collective in profile["collectives"].values():
         collective["alternatives"] = []
         for group in collective["groups"]:

@@ -11,7 +11,6 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ COUNTED, COMPARED = torch.float32, torch.float64
 LONGEST_S = 300.0  # of one run, in wall seconds
 Counts = dict[str, dict[str, list[int]]]  # direction -> kind -> [how many, bytes of their whole buffers]
 Full = Callable[[str, Tensor], Tensor]
-Build = Callable[[torch.dtype], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ def colrow_run(dense: nn.Module, p: Plan, reference: Reference) -> Run:
     return _worst(run_ranks(_colrow_on_rank, RANKS, "gloo", (dense, p, reference), LONGEST_S))
 
 
-def loaded(cls: Any, folder: Path, dtype: torch.dtype = COMPARED, **arguments: Any) -> Any:
-    """The model in ``folder``, its experts computed by operators that know float64."""
-    model = cls.from_pretrained(str(folder), dtype=dtype, **arguments)
+def loaded(cls: Any, folder: Path, **arguments: Any) -> Any:
+    """The model in ``folder``, its experts computed by operators that know float64 too."""
+    model = cls.from_pretrained(str(folder), dtype=COUNTED, **arguments)
     set_implementation: Any = getattr(model, "set_experts_implementation", None)
     if set_implementation is not None:
         set_implementation("batched_mm")
@@ -116,20 +114,20 @@ def _peer_on_rank(cls: Any, folder: Path, reference: Reference) -> Run:
     from transformers.distributed import DistributedConfig
 
     split = DistributedConfig(tp_size=RANKS, tp_plan="auto")
-    return _measured(partial(loaded, cls, folder, distributed_config=split), reference, lambda _, value: _full(value))
+    return _measured(loaded(cls, folder, distributed_config=split), reference, lambda _, value: _full(value))
 
 
 def _colrow_on_rank(dense: nn.Module, p: Plan, reference: Reference) -> Run:
     specs = {parameter.edit.fqn: spec_of(parameter.edit, p.schedules[0].edits) for parameter in p.parameters}
-
-    def build(dtype: torch.dtype) -> nn.Module:
-        return parallelize(copy.deepcopy(dense).to(dtype), p)
-
-    return _measured(build, reference, lambda fqn, value: _full(as_dense(value, specs[fqn])))
+    model = parallelize(copy.deepcopy(dense).to(COUNTED), p)
+    return _measured(model, reference, lambda fqn, value: _full(as_dense(value, specs[fqn])))
 
 
-def _measured(build: Build, reference: Reference, full: Full) -> Run:
-    model = build(COMPARED)
+def _measured(model: nn.Module, reference: Reference, full: Full) -> Run:
+    """Count in float32, then compare in float64: random weights are drawn in float32, so that none changes."""
+    counts = _counts(model, reference)
+    model.zero_grad(set_to_none=True)
+    model.to(COMPARED)
     outputs = call(model, random_inputs(model, reference.example, COMPARED))
     fixed_loss(outputs).backward()  # type: ignore[no-untyped-call]
     given = dict(model.named_parameters())
@@ -141,7 +139,7 @@ def _measured(build: Build, reference: Reference, full: Full) -> Run:
     gradients = {name: None if value.grad is None else full(name, value.grad) for name, value in given.items()}
     judged, small, none = gradient_errors(gradients, reference.gradients, reference.blocks)
     of_gradients = judged | small | {name: float("inf") for name in none}
-    return Run(_counts(build(COUNTED), reference), _worst_of(errors, of_gradients), split, deferred)
+    return Run(counts, _worst_of(errors, of_gradients), split, deferred)
 
 
 def _counts(model: nn.Module, reference: Reference) -> Counts:
