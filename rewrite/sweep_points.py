@@ -93,6 +93,7 @@ class Point:
         moves_s: Seconds of local moves (slices and the like); all but ``bulk_s`` sum to the plan's ``comm_s``.
         basis: What the communication time rests on.
         two_nodes_s: Step time were the same ranks spread over two nodes; None where the profile cannot tell.
+        two_nodes_measured: Whether that is between measured sizes of groups so spread.
     """
 
     setting: Setting
@@ -106,6 +107,7 @@ class Point:
     moves_s: float = 0.0
     basis: Basis = Basis(None, 0.0, ())
     two_nodes_s: float | None = None
+    two_nodes_measured: bool = False
 
     @property
     def step_s(self) -> float:
@@ -199,7 +201,9 @@ def point_of(
         try:
             plan, fits = plan_graph(graph, name, setting.tp, hardware, workload, options, memory_gb), True
         except MemoryCapError:
-            plan, fits = plan_graph(graph, name, setting.tp, hardware, workload, options, ENOUGH_GB), False
+            plan = plan_graph(graph, name, setting.tp, hardware, workload, options, ENOUGH_GB)
+            # The planner sets room aside before it knows what a plan takes; this one may take less.
+            fits = sum(plan.memory_bytes.values()) <= (memory_gb or hardware.memory_gb) * 1e9
     except (Infeasible, HardwareError) as error:
         return Point(setting, None, str(error))
     made = Counter((c.kind, c.nbytes) for c in collectives_made(plan))
@@ -221,7 +225,7 @@ def point_of(
         min(bulk_s, transfer_s),
         max(0.0, plan.cost.comm_s - empty_s - transfer_s),
         _basis(known),
-        _over_two_nodes_s(plan, hardware, made, empty_s + transfer_s),
+        *_over_two_nodes(plan, hardware, made, empty_s + transfer_s),
     )
 
 
@@ -260,12 +264,16 @@ def _basis(known: Sequence[tuple[Prediction, int]]) -> Basis:
     return Basis(error, sum(beside.values()) * 1e-12 / whole, tuple(text for text, _ in beside.most_common()))
 
 
-def _over_two_nodes_s(plan: Plan, hardware: Hardware, made: Counter[tuple[str, int]], within_s: float) -> float | None:
-    """The same plan with half of its ranks on another node: its collectives priced again."""
+def _over_two_nodes(
+    plan: Plan, hardware: Hardware, made: Counter[tuple[str, int]], within_s: float
+) -> tuple[float | None, bool]:
+    """The same plan with half of its ranks on another node, its collectives priced again; and whether those prices are
+    measured."""
     if hardware.inter_node is None or plan.tp % 2 or plan.tp > hardware.ranks_per_node:
-        return None
-    across_s = sum(n * hardware.collective_s(kind, size, plan.tp, nodes=2) for (kind, size), n in made.items())
-    return plan.cost.total_s - within_s + across_s
+        return None, False
+    across = [(hardware.predict(kind, size, plan.tp, nodes=2), count) for (kind, size), count in made.items()]
+    across_s = sum(count * prediction.seconds for prediction, count in across)
+    return plan.cost.total_s - within_s + across_s, not any(prediction.finding for prediction, _ in across)
 
 
 def without_repeats(axes: Axes) -> Axes:

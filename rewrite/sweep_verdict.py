@@ -152,13 +152,19 @@ def _across_nodes(used: Point, planned: Sequence[Point], hardware: Hardware) -> 
             best = min(within, key=lambda p: p.step_s)
             words.append(
                 f"tp {point.setting.tp} spans {-(-point.setting.tp // hardware.ranks_per_node)} nodes and takes"
-                f" {seconds(point.step_s)}; within one, tp {best.setting.tp} takes {seconds(best.step_s)}."
+                f" {seconds(point.step_s)}{_by_formula(not point.basis.unmeasured)}; within one, tp {best.setting.tp}"
+                f" takes {seconds(best.step_s)}."
             )
     # Where a single rank is used, of the fastest tp that has ranks to spread.
     able = [p for p in (used, *sorted(planned, key=lambda p: p.step_s)) if p.two_nodes_s is not None]
     if able and able[0].two_nodes_s is not None:
         words.append(
             f"Spread over two nodes, tp {able[0].setting.tp} would take {seconds(able[0].two_nodes_s)},"
-            f" {able[0].two_nodes_s / able[0].step_s:.2f}x as long."
+            f" {able[0].two_nodes_s / able[0].step_s:.2f}x as long{_by_formula(able[0].two_nodes_measured)}."
         )
     return words
+
+
+def _by_formula(measured: bool) -> str:
+    """What to add to a time over two nodes: networks that were measured took longer than the formula says."""
+    return "" if measured else " (by formula, not measured: expect more)"

@@ -217,10 +217,14 @@ def test_nothing_fits():
 
 
 def test_what_crossing_nodes_costs_is_said(colrow):
-    words = colrow(LARGE, "--tp", "8,16", "--hardware", "h100-sxm").stdout.replace("\n", " ")
+    words = colrow(LARGE, "--tp", "8,16", "--hardware", "h100-sxm").stdout
+    words = " ".join(words.split())
     assert "tp 16 spans 2 nodes and takes" in words
+    assert words.count("(by formula, not measured: expect more)") == 2
     spread = verdict([point(8, 1.0, 1.0, hardware="h100-sxm", two_nodes_s=6.0)], H100).words
-    assert "Spread over two nodes, tp 8 would take 6.00 s, 3.00x as long" in spread
+    assert "tp 8 would take 6.00 s, 3.00x as long (by formula, not measured: expect more)." in spread
+    known = verdict([point(8, 1.0, 1.0, hardware="h100-sxm", two_nodes_s=6.0, two_nodes_measured=True)], H100).words
+    assert "would take 6.00 s, 3.00x as long." in known
     alone = verdict([point(1, 1.0), point(2, 0.9, 0.3, two_nodes_s=3.6)], H100)
     assert alone.tp == 1
     assert "Spread over two nodes, tp 2 would take 3.60 s, 3.00x as long" in alone.words
