@@ -62,6 +62,8 @@ class _Lifting:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.leaf_names = _leaf_names(self.parameters, state, inputs)
         self.value: dict[torch.fx.Node, Ref | list[Ref]] = {}
+        self.sharing: dict[torch.fx.Node, list[torch.fx.Node]] = {}  # node -> all seen that may share its storage
+        self.done: set[torch.fx.Node] = set()
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.call_index: dict[int, int] = {}
         self.tensor_nodes: dict[int, list[int]] = {}
@@ -84,6 +86,7 @@ class _Lifting:
             elif node.op == "output":
                 returned = pytree.tree_leaves(node.args[0], is_leaf=_is_fx)
                 self.graph.outputs = [cast(Ref, self.value[leaf]).index for leaf in returned]
+            self.done.add(node)
         self._unread_parameters()
         fuse_repeats(self.graph)
         _no_gradient_without_readers(self.graph)
@@ -122,6 +125,8 @@ class _Lifting:
         return Ref(node.index)
 
     def _operator(self, node: torch.fx.Node) -> None:
+        if node.target is operator.getitem or _shares(_name(node)):
+            self._share(node)
         if node.target is operator.getitem:
             source, position = node.args
             made = self.value[source]  # type: ignore[index]
@@ -178,6 +183,7 @@ class _Lifting:
         self._append(node, "slice_scatter", arguments, {}, "")
         self.graph.nodes[-1].shape = shape
         self.value[base] = Ref(self.graph.nodes[-1].index)
+        self._written(node, [n for n in self.sharing.get(base, ()) if n is not base])
         return True
 
     def _changed_in_place(self, node: torch.fx.Node) -> None:
@@ -190,6 +196,31 @@ class _Lifting:
         if chain:
             touched = [self.value.get(n) for n in (node, *chain, view) if isinstance(n, torch.fx.Node)]
             self.graph.whole |= {r.index for r in touched if isinstance(r, Ref)}
+        self._written(node, self.sharing.get(node, []))
+
+    def _share(self, node: torch.fx.Node) -> None:
+        """A view and what it looks at share a storage; so do an argument and what it is changed to in place."""
+        source = node.args[0] if node.args else None
+        if isinstance(source, torch.fx.Node) and not _copied(node.meta.get("val"), source.meta.get("val")):
+            self.sharing[node] = self.sharing.setdefault(source, [source])
+            self.sharing[node].append(node)
+
+    def _written(self, node: torch.fx.Node, sharing: Iterable[torch.fx.Node]) -> None:
+        """What shares the storage that ``node`` has written to is, for later readers, what that made of it."""
+        made = self.value[node]
+        for other in sharing:
+            before = self.value.get(other)
+            is_read = any(user not in self.done and user is not node for user in other.users)
+            if other is node or not is_read or not isinstance(before, Ref) or not isinstance(made, Ref):
+                continue
+            held = self.graph.nodes[before.index]
+            if held.outputs:
+                continue
+            self._append(node, "changed_in_place", (before, made), {}, "")
+            after = self.graph.nodes[-1]
+            after.shape, after.dtype, after.measured = held.shape, held.dtype, held.measured
+            self.graph.whole |= {before.index, made.index, after.index}
+            self.value[other], self.value[node] = Ref(after.index), made
 
     def _append(
         self, node: torch.fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overload: str
@@ -303,6 +334,17 @@ def _leaf_names(parameters: Container[str], state: dict[str, Tensor], inputs: An
 
 def _name(node: torch.fx.Node) -> str:
     return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _shares(name: str) -> bool:
+    """Whether an operator of this name returns its first argument, or may return a view of it."""
+    return name in VIEWS or name in _SAME or name in _SAME_IF_UNCHANGED or (name[-1:] == "_" and name[-2:] != "__")
+
+
+def _copied(made: Any, source: Any) -> bool:
+    """Whether both are tensors, and each has a storage of its own."""
+    both = isinstance(made, Tensor) and isinstance(source, Tensor)
+    return both and not torch._C._is_alias_of(made, source)
 
 
 def _module_path(node: torch.fx.Node) -> str:

@@ -103,6 +103,7 @@ NOT_RUN = {
 # Rules that know replicated operands only.
 WHOLE_ONLY = frozenset({
     "gather", "take_along_dim", "scatter", "scatter_add", "index_copy", "index_fill", "scatter_reduce",
+    "changed_in_place",
 })  # fmt: skip
 
 CASES: dict[str, list[Case]] = {
@@ -308,6 +309,7 @@ CASES: dict[str, list[Case]] = {
         Case((r(4, 8, 3), r(3), 1, 2, 6), function=_written),
         Case((r(4, 8, 3), r(1, 4, 1), 1, 2, 6), function=_written),
     ],
+    "changed_in_place": [Case((r(4, 6), r(4)), function=lambda x, written: x + written.sum())],
     "new_zeros": [case(r(4, 6), [4, 6]), case(r(4, 6), [5, 6]), case(r(4, 6), [3])],
     "new_ones": [case(r(4, 6), [4, 6])],
     "new_full": [case(r(4, 6), [4, 6], 2.0)],

@@ -112,6 +112,12 @@ def slice_scatter(op: Operation) -> Result:
     return None
 
 
+@rule("changed_in_place")
+def changed_in_place(op: Operation) -> Result:
+    """A value after something was written into its storage through another name of it: never split."""
+    return WHOLE if all_whole(op) else None
+
+
 @rule("new_zeros", "new_ones", "new_full", "new_empty")
 def factory(op: Operation) -> Result:
     """Made from a shape: what the operand holds does not matter, but a length measured on a split dim is local."""
