@@ -16,6 +16,7 @@ COMPLETIONS: Mapping[str, int] = {
     "vocab_size": 32000,
     "num_experts_per_tok": 2,
     "n_routed_experts": 8,
+    "n_shared_experts": 1,
     "num_experts": 8,
     "top_k_experts": 2,
     "moe_intermediate_size": 512,
@@ -29,10 +30,11 @@ COMPLETIONS: Mapping[str, int] = {
     "decoder_num_heads": 16,
 }
 # Only where another field is there and set ...
-_ONLY_WITH = {"num_experts_per_tok": "moe_intermediate_size", "n_routed_experts": "moe_intermediate_size"}
+_ONLY_WITH = dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_shared_experts"), "moe_intermediate_size")
 # ... or where no switch says that experts are an option that is off.
 _EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
 _SWITCH = "enable_moe_block"
+ENCODER_WIDTHS = ("hidden_size", "hidden_dim", "d_model")
 ROTARY_AXES = (2, 3, 3)  # eighths of a head's pairs that turn with time, height and width
 
 
@@ -40,8 +42,11 @@ def complete(config: PreTrainedConfig) -> None:
     """Fill in, in place and in the whole tree, what is None or missing.
 
     Sizes and token ids by `COMPLETIONS`; which layers are sparse (all but the first); the sections of rotary pairs
-    that follow time, height and width, in a type that has such sections; images' heads that do not divide their width.
+    that follow time, height and width, in a type that has such sections; images' heads that do not divide their width;
+    widths in which one part hands its features to another.
     """
+    if getattr(config, "vocab_size", 0) is None and getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = 1  # a type without any default vocabulary may count positions from its padding
     for name, value in COMPLETIONS.items():
         if hasattr(config, name) and getattr(config, name) is None and _is_wanted(config, name):
             setattr(config, name, value)
@@ -52,6 +57,7 @@ def complete(config: PreTrainedConfig) -> None:
         part: Any = getattr(config, key, None)
         if hasattr(part, "sub_configs"):
             complete(part)
+    _complete_handovers(config)
 
 
 def _is_wanted(config: Any, name: str) -> bool:
@@ -83,6 +89,18 @@ def _complete_rotary(config: Any) -> None:
             pairs = int(head_dim * table.get("partial_rotary_factor", 1)) // 2
             first, second, _ = (pairs * share // sum(ROTARY_AXES) for share in ROTARY_AXES)
             table["mrope_section"] = [first, second, pairs - first - second]
+
+
+def _complete_handovers(config: Any) -> None:
+    """What an encoder returns is as wide as the text it is written into, and as what reads it expects."""
+    text, vision = getattr(config, "text_config", None), getattr(config, "vision_config", None)
+    width = getattr(text, "hidden_size", None)
+    if isinstance(width, int) and isinstance(getattr(vision, "out_hidden_size", None), int):
+        vision.out_hidden_size = width
+    reader, encoder = getattr(config, "projector_config", None), getattr(config, "encoder_config", None)
+    width = next((n for name in ENCODER_WIDTHS if isinstance(n := getattr(encoder, name, None), int)), None)
+    if width is not None and isinstance(getattr(reader, "encoder_hidden_size", None), int):
+        reader.encoder_hidden_size = width
 
 
 def _complete_heads(config: Any) -> None:

@@ -7,6 +7,9 @@ models share. Inputs are real CPU tensors, since what prepares them inside a mod
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,14 +22,16 @@ from colrow.cost_models.errors import SourceError
 
 from .configurations import first_line
 from .documented_inputs import documented_arguments, documented_tensor
+from .input_forms import image_forms, other_forms, sound_forms
 from .known_values import KnownValues, unchecked_values
-from .modalities import IMAGE_PARTS, TEXT_PARTS, audio_inputs, image_inputs
+from .modalities import IMAGE_PARTS, TEXT_PARTS, audio_inputs, first_layer_reads, image_inputs
 from .modalities import part_of as _part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Phase = Literal["prefill", "decode", "train"]
+LARGEST = 4e9  # bytes of weights that are made up to see how many features an image has
 
 
 def example_inputs(
@@ -99,7 +104,17 @@ def example_inputs(
         inputs["labels"] = _labels(model, config, inputs)
     elif labels and "return_loss" in accepted:  # contrastive models: the batch is its own label
         inputs["return_loss"] = True
-    return inputs
+    return _taken(model, inputs, dtype)
+
+
+def _taken(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """``inputs``, or where the model does not take their images or sounds, the first other form that it takes."""
+    floating = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in inputs.values())
+    if not floating or runs(model, inputs):
+        return inputs
+    accepted = inspect.signature(model.forward).parameters
+    forms = other_forms(inputs, accepted, model.config, dtype)
+    return next((form for form in forms if runs(model, form)), inputs)
 
 
 def usable_seq(config: PreTrainedConfig, seq: int) -> tuple[int, tuple[str, ...]]:
@@ -141,9 +156,10 @@ def _with_tokens_of(
     accepted = {source, *inspect.signature(features).parameters}
     given = {name: value for name, value in inputs.items() if name in accepted}
     refused: Exception | None = None
-    for values in (inputs[source], inputs[source].unsqueeze(1)):
+    forms = image_forms if kind == "image" else sound_forms
+    for values in (inputs[source], *forms(inputs[source])):
         try:
-            taken = _positions_taken(_on_fake_weights(model, features, {**given, source: values})) // len(ids)
+            taken = _positions_taken(_features(model, features, {**given, source: values})) // len(ids)
         except Exception as error:  # the model's own code, given inputs that are a guess
             refused = refused or error
             continue
@@ -154,6 +170,29 @@ def _with_tokens_of(
         f"its {kind} features cannot be computed from these inputs: {type(refused).__name__}: {first_line(refused)}",
         remedy="Pass package.module:factory, which returns the model with inputs of your own.",
     ) from refused
+
+
+def _features(model: nn.Module, function: Any, given: dict[str, Any]) -> Any:
+    """``function(**given)`` on weights without values, or where it branches on values, on random ones."""
+    try:
+        return _on_fake_weights(model, function, given)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        if sum(p.numel() * p.element_size() for p in model.parameters()) > LARGEST:
+            raise
+        state = {
+            name: torch.randn(value.shape).to(value.dtype) * 0.02
+            if value.is_floating_point()
+            else torch.zeros(value.shape, dtype=value.dtype)
+            for values in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+            for name, value in values
+            if value.is_meta
+        }
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.nn.utils.stateless._reparametrize_module(model, state),
+        ):
+            return function(**given)
 
 
 def _positions_taken(features: Any) -> int:
@@ -181,7 +220,13 @@ def _on_fake_weights(model: nn.Module, function: Any, inputs: dict[str, Any]) ->
     def fake(value: torch.Tensor) -> torch.Tensor:
         return torch.empty(value.shape, dtype=value.dtype, device="cpu")
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), unchecked_values(), KnownValues():
+    with (
+        _quiet(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        unchecked_values(),
+        KnownValues(),
+    ):
         given = tree_map_only(torch.Tensor, lambda v: fake(v) if v.is_floating_point() else v, inputs)
         state = {
             name: fake(value)
@@ -192,6 +237,18 @@ def _on_fake_weights(model: nn.Module, function: Any, inputs: dict[str, Any]) ->
             return function(**given)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What a model refuses is an answer here, and no error of anybody's to be printed."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _documented(
     model: nn.Module,
     config: PreTrainedConfig,
@@ -200,18 +257,30 @@ def _documented(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> dict[str, torch.Tensor]:
-    """What is required beside ``inputs``, by its documented shape; without other inputs, all that is not optional."""
+    """What is required beside ``inputs``, by its documented shape; without other inputs, all that is not optional, or
+    a model's only argument by what its first layer reads."""
     documented = documented_arguments(model.forward)
     accepted = inspect.signature(model.forward).parameters
     side = _part(config, IMAGE_PARTS)
     lengths = lengths | {"image": int(getattr(side, "image_size", 0) or 32) if _is_number(side) else 32}
-    return {
+    made = {
         name: documented_tensor(documented[name], [config, _part(config, TEXT_PARTS)], lengths, dtype, generator)
         for name, argument in accepted.items()
         if name not in inputs
         and name in documented
         and (argument.default is inspect.Parameter.empty or (not inputs and not documented[name].optional))
     }
+    open_ = [
+        name
+        for name, argument in accepted.items()
+        if argument.default is inspect.Parameter.empty
+        and argument.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        and name not in {*inputs, *made}
+    ]
+    if len(open_) == 1 and not inputs and not made:
+        shape = first_layer_reads(model, lengths["batch"], lengths["seq"], lengths["image"])
+        return {open_[0]: torch.randn(shape, generator=generator).to(dtype)} if shape else {}
+    return made
 
 
 def _is_number(part: Any) -> bool:

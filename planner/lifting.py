@@ -110,6 +110,8 @@ class _Lifting:
 
     def _constant(self, target: str, value: Tensor) -> Ref:
         """A tensor that the code made of nothing traced; named by its content, which validation then compares too."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(value):  # made inside of vmap
+            value = torch._C._functorch.get_unwrapped(value)
         name = target if isinstance(value, FakeTensor) or value.is_meta else f"constant {_content(value)}"
         if name in self.leaf_index:
             return Ref(self.leaf_index[name])

@@ -114,6 +114,18 @@ def first_layer(model: nn.Module, pattern: str) -> nn.Module | None:
     return next(iter(found or [module for module in model.modules() if isinstance(module, LAYERS)]), None)
 
 
+def first_layer_reads(model: nn.Module, batch: int, seq: int, side: int) -> tuple[int, ...] | None:
+    """Shape of an input that the first layer of a model would take: features of a sequence, or an image."""
+    match first_layer(model, r""):
+        case nn.Linear(in_features=width):
+            return batch, seq, width
+        case nn.Conv1d(in_channels=width):
+            return batch, seq, width
+        case nn.Conv2d(in_channels=channels):
+            return batch, channels, side, side
+    return None
+
+
 def _patch_values(vision: Any, first: nn.Module | None) -> int:
     """Values of one patch: what the first layer reads of it."""
     if isinstance(first, nn.Linear):
@@ -139,7 +151,7 @@ def _spectrogram_shape(model: nn.Module, config: PreTrainedConfig) -> tuple[tupl
     An encoder with a fixed number of positions halves its frames by convolution first.
     """
     audio = part_of(config, AUDIO_PARTS)
-    names = ("num_mel_bins", "feature_size", "n_mels", "input_feat_size", "input_size")
+    names = ("num_mel_bins", "feature_size", "n_mels", "input_feat_size", "input_size", "input_dim")
     bins = next((n for name in names if type(n := getattr(audio, name, None)) is int), 80)
     positions = getattr(audio, "max_source_positions", None)
     frames = 2 * positions if isinstance(positions, int) else FRAMES

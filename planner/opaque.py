@@ -123,10 +123,12 @@ def _shapes(
     """What the module returns, run for real, flattened.
 
     Raises:
-        CannotRun: It is too large, or refuses its arguments.
+        CannotRun: It is too large, refuses its arguments, or has a number of its own that is not known.
     """
     if sum(value.numel() * value.element_size() for _, value in _state(module)) > LARGEST:
         raise CannotRun(path, f"its weights have more than {LARGEST / 1e9:g} GB")
+    if unknown := next((name for name, value in module.named_buffers() if _decides(value)), None):
+        raise CannotRun(path, f"{unknown} may decide its shapes, and its value is not known")
     with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = {name: _real(value, SCALE) for name, value in _state(module)}
@@ -137,6 +139,12 @@ def _shapes(
         except Exception as error:  # the module's own code, on values that are a guess
             raise CannotRun(path, f"{type(error).__name__}: {error}") from error
     return pytree.tree_flatten(result)
+
+
+def _decides(value: Tensor) -> bool:
+    """Whether a buffer is a single number, a stride or a length, whose value is not known."""
+    unknown = isinstance(value, FakeTensor) or value.is_meta
+    return unknown and value.numel() == 1 and not value.is_floating_point() and value.dtype is not torch.bool
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:

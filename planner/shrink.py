@@ -246,19 +246,21 @@ def _shrink_positions(part: PreTrainedConfig) -> None:
 
 def _shrink_experts(part: PreTrainedConfig, divisible_by: int) -> None:
     """Eight experts (four groups of four where they are grouped), two of them per token."""
-    groups = int(vars(part).get("n_group") or 1)
+    groups = int(getattr(part, "n_group", None) or 1)
     grouped = groups > 1
-    for name, value in list(vars(part).items()):
+    common = {own: name for name, own in part.attribute_map.items()}
+    for own, value in list(vars(part).items()):
+        name = common.get(own, own)  # a type's own name for what others call so
         if type(value) is not int or re.search(r"shared|zero", name):
             continue
         if re.search(r"(^|_)experts$|^moe_num_experts$|^num_experts$", name) and value > 1:
-            _set(part, name, min(value, GROUPED_EXPERTS if grouped else max(EXPERTS, divisible_by)))
+            _set(part, own, min(value, GROUPED_EXPERTS if grouped else max(EXPERTS, divisible_by)))
         elif re.search(r"experts_per_tok|^(moe_|router_)?top_?k$|^moe_k$|num_selected_experts", name):
-            _set(part, name, min(value, TOP_K))
+            _set(part, own, min(value, TOP_K))
         elif grouped and name == "n_group":
-            _set(part, name, min(value, EXPERT_GROUPS))
+            _set(part, own, min(value, EXPERT_GROUPS))
         elif grouped and name == "topk_group":
-            _set(part, name, max(1, value * min(groups, EXPERT_GROUPS) // groups))
+            _set(part, own, max(1, value * min(groups, EXPERT_GROUPS) // groups))
 
 
 def _shrink_token_ids(parts: list[PreTrainedConfig]) -> None:

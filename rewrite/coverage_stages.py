@@ -14,6 +14,7 @@ import torch
 
 from colrow.cost_models.errors import ColrowError, Infeasible, RankError, SourceError, TraceError, ValidationError
 from colrow.planner.configurations import first_line
+from colrow.planner.example_inputs import runs
 from colrow.planner.plan_model import Plan
 from colrow.planner.planning import plan
 from colrow.planner.sources import Source, load_source
@@ -133,10 +134,16 @@ _STAGES: dict[str, Callable[[str, Row, dict[str, Any]], None]] = {
 
 
 def _small(source: str) -> Source:
+    """The small version in float64, or in float32 where the model's code computes in that and mixes no others."""
     small = source.startswith("hf:")
-    loaded = load_source(source, phase="train", batch=SMALL_BATCH, seq=SMALL_SEQ, dtype="fp64", small=small)
-    loaded.model.eval()  # as verify runs it: layers dropped at random cannot be traced
-    return loaded
+    made = []
+    for dtype in ("fp64", "fp32"):
+        loaded = load_source(source, phase="train", batch=SMALL_BATCH, seq=SMALL_SEQ, dtype=dtype, small=small)
+        loaded.model.eval()  # as verify runs it: layers dropped at random cannot be traced
+        if not small or runs(loaded.model, loaded.example_inputs):
+            return loaded
+        made.append(loaded)
+    return made[0]
 
 
 def _refused_inputs(loaded: Source) -> str:

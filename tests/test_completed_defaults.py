@@ -48,3 +48,14 @@ def test_what_is_set_stays() -> None:
     before = config.to_dict()
     complete(config)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen2_5_vl"])
+def test_images_are_as_wide_as_the_text_they_are_written_into(model_type: str) -> None:
+    config = default(model_type)
+    assert config.vision_config.out_hidden_size == config.text_config.hidden_size
+
+
+def test_a_projector_reads_what_its_encoder_makes() -> None:
+    config = default("granite_speech")
+    assert config.projector_config.encoder_hidden_size == config.encoder_config.hidden_dim
