@@ -135,13 +135,15 @@ def _within_node(
     above = next((group for group in groups if group.size > size), None)
     below = next((group for group in reversed(groups) if group.size < size), None)
     if above is not None and below is not None:
+        measured = below.basis == above.basis == "measured"
+        note = f"between group sizes {below.size} and {above.size}"
         return Route(
             between_sizes(size, below.size, below.line().seconds, above.size, above.line().seconds),
-            "between",
+            "between" if measured else "structural",
             max(below.min_bytes, above.min_bytes),
             min(below.max_bytes, above.max_bytes),
             None,
-            f"between group sizes {below.size} and {above.size}",
+            note if measured else f"{note}, not both measured (structural)",
         )
     if hardware.link is None or not has_structure(kind, hardware.link, implementation):
         raise HardwareError(

@@ -106,6 +106,7 @@ def test_every_answer_says_what_it_is() -> None:
         (("all_reduce", 2**30, 16), "structural", "over 2 nodes by formula, beyond the largest measured message"),
         (("all_reduce", 2**20, 12), "structural", "over 2 nodes by formula, between group sizes 4 and 8"),
         (("all_reduce", 100, 6), "between", "between group sizes 4 and 8, below the smallest measured message"),
+        (("broadcast", 2**20, 3), "structural", "between group sizes 2 and 4, not both measured (structural)"),
         (("broadcast", 2**34, 4), "structural", "not measured (structural), beyond the largest"),
         (("all_reduce", 2**20, 3, "one_shot_graph"), "between", "between group sizes 2 and 4"),
     ]:
