@@ -93,11 +93,13 @@ def _complete_rotary(config: Any) -> None:
 
 def _complete_handovers(config: Any) -> None:
     """What an encoder returns is as wide as the text it is written into, and as what reads it expects."""
-    text, vision = getattr(config, "text_config", None), getattr(config, "vision_config", None)
+    text: Any = getattr(config, "text_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     width = getattr(text, "hidden_size", None)
     if isinstance(width, int) and isinstance(getattr(vision, "out_hidden_size", None), int):
         vision.out_hidden_size = width
-    reader, encoder = getattr(config, "projector_config", None), getattr(config, "encoder_config", None)
+    reader: Any = getattr(config, "projector_config", None)
+    encoder: Any = getattr(config, "encoder_config", None)
     width = next((n for name in ENCODER_WIDTHS if isinstance(n := getattr(encoder, name, None), int)), None)
     if width is not None and isinstance(getattr(reader, "encoder_hidden_size", None), int):
         reader.encoder_hidden_size = width

@@ -226,7 +226,7 @@ def live_object(key: CodeKey) -> object | None:
     file, qualname, _ = key
     if "<" in qualname:
         return None
-    found: object = _modules_by_file(len(sys.modules)).get(file)
+    found: object = _module_of(file)
     owner = ""
     for part in qualname.split("."):
         found = getattr(found, "__dict__", {}).get(mangled(part, owner))
@@ -238,6 +238,15 @@ def mangled(name: str, owner: str) -> str:
     """What ``name`` is called as an attribute where it is written inside the class ``owner`` (private names)."""
     private = name.startswith("__") and not name.endswith("__")
     return f"_{owner.lstrip('_')}{name}" if private and owner.strip("_") else name
+
+
+def _module_of(file: str) -> ModuleType | None:
+    """The imported module of a file; one that was removed and imported again is looked up anew."""
+    found = _modules_by_file(len(sys.modules)).get(file)
+    if found is not None and sys.modules.get(found.__name__) is not found:
+        _modules_by_file.cache_clear()
+        found = _modules_by_file(len(sys.modules)).get(file)
+    return found
 
 
 @lru_cache(maxsize=1)

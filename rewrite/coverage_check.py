@@ -14,21 +14,22 @@ from typing import Any
 
 from .coverage import warm
 from .coverage_children import Limits, run_limited
-from .coverage_rows import STAGES, Row, StageResult, Status, load_rows
+from .coverage_rows import STAGES, Row, StageResult, Status, code_digests, load_rows
 
 ROWS = 12
 CPU_S = 120.0  # of all rows together, by what the file says they took
 LIMITS = Limits(60, int(4e9))
 
 
-def chosen(rows: Mapping[str, Row], commit: str) -> list[tuple[str, str]]:
-    """A dozen ``(source, stage)``, the same for the same commit: stages that ended ok or not by a limit, in the order
-    of a hash, as long as together they take `CPU_S`."""
+def chosen(rows: Mapping[str, Row], commit: str, codes: Mapping[str, str]) -> list[tuple[str, str]]:
+    """A dozen ``(source, stage)``, the same for the same commit: stages that this code ran to their end, in the order
+    of a hash, as long as together they take `CPU_S`. Stale ones are marked in the file, and prove nothing here."""
     done = [
         (source, stage)
         for source, row in rows.items()
         for stage in STAGES
         if row.result(stage).status not in (Status.NOT_RUN, Status.TIMED_OUT, Status.MEMORY)
+        and row.result(stage).code == codes[stage]
     ]
     done.sort(key=lambda pair: hashlib.sha256(f"{commit} {pair}".encode()).digest())
     picked: list[tuple[str, str]] = []
@@ -64,7 +65,9 @@ def check(file: Path, commit: str) -> list[str]:
     from .coverage_stages import result_of
 
     rows = load_rows(file)
-    picked = chosen(rows, commit)
+    picked = chosen(rows, commit, code_digests())
+    if not picked:
+        print("no row of the file was made by this code: nothing to compare", flush=True)
     warm()
     tasks = [lambda s=source, t=stage: result_of(t, s, rows[s]) for source, stage in picked]
     wrong = []

@@ -12,6 +12,7 @@ import ast
 import fcntl
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -142,12 +143,24 @@ def save_rows(path: Path, rows: Mapping[str, Row]) -> None:
     for source in sorted(rows):
         row = rows[source]
         content = {"status": row.status} | {stage: asdict(row.stages[stage]) for stage in STAGES if stage in row.stages}
-        lines.append(f"{json.dumps(source)}: {json.dumps(content)}")
+        lines.append(f"{json.dumps(source)}: {json.dumps(_finite(content), allow_nan=False)}")
     head = {"schema": SCHEMA, **versions()}
     whole = path.with_name(f"{path.name}.part")
     body = json.dumps(head)[:-1] + ', "rows": {\n' + ",\n".join(lines) + "\n}}\n"
     whole.write_text(body, encoding="utf-8")
     whole.replace(path)
+
+
+def _finite(facts: Any) -> Any:
+    """``facts`` with what JSON has no number for as null."""
+    match facts:
+        case dict():
+            return {key: _finite(value) for key, value in facts.items()}
+        case list() | tuple():
+            return [_finite(value) for value in facts]
+        case float() if not math.isfinite(facts):
+            return None
+    return facts
 
 
 @contextmanager

@@ -145,10 +145,20 @@ def test_the_page_counts_and_groups() -> None:
 
 
 def test_the_check_picks_by_commit_and_names_what_differs() -> None:
-    rows = {f"hf:{i}": Row(f"hf:{i}", {"trace": StageResult(Status.OK, cpu_s=5.0)}) for i in range(40)}
-    assert len(chosen(rows, "abc")) == 12 and chosen(rows, "abc") == chosen(rows, "abc") != chosen(rows, "abd")
+    codes = dict.fromkeys(STAGES, "new")
+    rows = {f"hf:{i}": Row(f"hf:{i}", {"trace": StageResult(Status.OK, code="new", cpu_s=5.0)}) for i in range(40)}
+    picked = chosen(rows, "abc", codes)
+    assert len(picked) == 12 and picked == chosen(rows, "abc", codes) != chosen(rows, "abd", codes)
+    assert chosen(rows, "abc", dict.fromkeys(STAGES, "newer")) == []  # stale rows are not the code's fault
     kept = StageResult(Status.OK, facts={"nodes": 3, "2": {"error": "1e-16", "split": 1.0}})
     same = StageResult(Status.OK, facts={"nodes": 3, "2": {"error": "3e-16", "split": 1.0}})
     assert difference(same, kept) == ""
     assert "nodes" in difference(StageResult(Status.OK, facts={"nodes": 4, "2": same.facts["2"]}), kept)
     assert "wrong is" in difference(StageResult(Status.WRONG), kept)
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    file = tmp_path / "coverage.json"
+    facts = {"2": {"split": float("nan"), "whole": [float("inf"), 1.5]}}
+    save_rows(file, {"hf:any": Row("hf:any", {"trace": StageResult(Status.OK, facts=facts)})})
+    assert load_rows(file)["hf:any"].result("trace").facts == {"2": {"split": None, "whole": [None, 1.5]}}

@@ -238,3 +238,19 @@ def test_what_cannot_be_edited_says_why() -> None:
     first = reasons["made anew"][0]
     assert "no call" in (can_edit((Frame(first.file, first.qualname, first.firstlineno, (0, 0, 0, 3)),)) or "")
     assert "no function" in (can_edit((Frame(first.file, "gone", first.firstlineno, first.span),)) or "")
+
+
+def test_a_module_imported_again_is_the_one_that_is_found(tmp_path, monkeypatch):
+    import importlib
+    import sys
+
+    from colrow.planner.source_functions import key_of, live_object
+
+    (tmp_path / "imported_twice.py").write_text("def twice(x):\n    return x + x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = importlib.import_module("imported_twice").twice
+    assert live_object(key_of(first.__code__)) is first
+    del sys.modules["imported_twice"]  # and back in: as many modules as before
+    second = importlib.import_module("imported_twice").twice
+    assert live_object(key_of(second.__code__)) is second is not first
+    monkeypatch.delitem(sys.modules, "imported_twice")
