@@ -137,7 +137,7 @@ def structural(machines: list[Machine]) -> list[Ceiling]:
             continue
         if not has_structure("all_reduce", machine.link, machine.implementation):
             continue
-        fitted = machine.name in STRUCTURAL_FITTED
+        fitted = machine.shipped and machine.name in STRUCTURAL_FITTED
         for kind, by_size in machine.tables.items():
             errors: list[float] = []
             for size, rows in by_size.items():
@@ -147,7 +147,8 @@ def structural(machines: list[Machine]) -> list[Ceiling]:
             ceiled = machine.on_nvswitch and machine.implementation == "library"
             if ceiled and kind == "all_reduce" and not fitted:
                 ceilings.append(Ceiling(f"structural all_reduce, {machine.name}", median(errors), STRUCTURAL))
-    out.print(table)
+    if table.rows:
+        out.print(table)
     return ceilings
 
 
@@ -280,7 +281,7 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0].endswith(".json"):
         machines = from_file(arguments[0])
         each_table(machines)
-        ceilings = size_left_out(machines) + group_left_out(machines)
+        ceilings = size_left_out(machines) + group_left_out(machines) + structural(machines)
     else:
         machines = shipped() + held_out()
         if arguments == ["compare"]:

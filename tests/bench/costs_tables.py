@@ -29,6 +29,7 @@ class Machine:
         link: Within a node; None where not described.
         shipped: Whether colrow ships a profile of it.
         tables: Rows by kind and group size, all on one node.
+        named_nvswitch: Whether its name says NVSwitch, of machines whose link is not described.
     """
 
     name: str
@@ -37,11 +38,13 @@ class Machine:
     link: Link | None
     shipped: bool
     tables: dict[CollectiveKind, dict[int, list[Row]]]
+    named_nvswitch: bool = False
 
     @property
     def on_nvswitch(self) -> bool:
         """Whether the ceilings of NCCL tables of NVSwitch machines hold."""
-        return self.link is not None and self.link.topology == "nvswitch" and "nccl" in self.software.lower()
+        switched = self.named_nvswitch if self.link is None else self.link.topology == "nvswitch"
+        return switched and "nccl" in self.software.lower()
 
     def rows(self) -> Iterator[tuple[CollectiveKind, int, list[Row]]]:
         """Every table."""
@@ -90,8 +93,9 @@ def from_file(path: str) -> list[Machine]:
 
     Rows are ``{"size_bytes", "time_us"}``; of several of one size the median is taken. Tables over several nodes are
     left out. An all_to_all's size is taken as nccl-tests reports it, one rank's buffer. Machines with "NVSwitch" in
-    their name and NCCL as their software fall under the ceilings; no link is known, so the structural model is not
-    scored.
+    their name and NCCL as their software fall under the ceilings. A table may have a ``link`` (`profile.Link`; of one
+    machine's tables the first counts): then the structural model is scored as well, of the ``implementation`` it names
+    (`profile.Implementation`; else the library).
     """
     content = json.loads(Path(path).read_text("utf-8"))
     machines: dict[tuple[str, str], Machine] = {}
@@ -99,10 +103,10 @@ def from_file(path: str) -> list[Machine]:
         if table.get("n_nodes", 1) != 1:
             continue
         key = (table["hardware"], table["software"])
-        link = None
-        if "nvswitch" in table["hardware"].lower():
-            link = Link(topology="nvswitch", bytes_per_s_per_rank=1e12, source="named so in the file")
-        machine = machines.setdefault(key, Machine(key[0], "library", key[1], link, False, {}))
+        link = Link.model_validate({"source": path, **table["link"]}) if "link" in table else None
+        named = "nvswitch" in table["hardware"].lower()
+        by = table.get("implementation", "library")
+        machine = machines.setdefault(key, Machine("; ".join(key), by, key[1], link, False, {}, named))
         kind: CollectiveKind = "all_to_all" if table["op"] in ("alltoall", "all_to_all") else table["op"]
         scale = table["n_gpus"] if kind == "all_to_all" else 1
         times: dict[int, list[float]] = {}
