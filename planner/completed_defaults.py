@@ -86,7 +86,7 @@ def _complete_rotary(config: Any) -> None:
     head_dim = getattr(config, "head_dim", None) or (width // heads if width and heads else None)
     for table in [tables] if "rope_type" in tables else tables.values():
         if isinstance(table, dict) and head_dim and "mrope_section" not in table:
-            pairs = int(head_dim * table.get("partial_rotary_factor", 1)) // 2
+            pairs = -(-int(head_dim * table.get("partial_rotary_factor", 1)) // 2)
             first, second, _ = (pairs * share // sum(ROTARY_AXES) for share in ROTARY_AXES)
             table["mrope_section"] = [first, second, pairs - first - second]
 
