@@ -5,7 +5,8 @@ In order, for a group of ``size`` ranks on ``nodes`` nodes:
 1. a curve of exactly this size and these nodes;
 2. within a node, between two sizes that have curves: `communication.between_sizes`;
 3. within a node, any other size, on a profile with a ``link``: `structural.structural_s`;
-4. over several nodes: the collective within each node plus `communication.inter_node_s`.
+4. over several nodes: the collective within each node (with one rank a node: what starting one takes) plus
+   `communication.inter_node_s`.
 
 Every answer says what it is (`Prediction.finding`), so that nothing is extrapolated silently.
 """
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from .communication import CollectiveKind, Curve, between_sizes, inter_node_s
 from .errors import HardwareError
 from .profile import GroupCurve
-from .structural import has_structure, structural_s
+from .structural import BASE_S, has_structure, structural_s
 
 if TYPE_CHECKING:
     from .hardware import Hardware
@@ -171,8 +172,8 @@ def _across_nodes(hardware: Hardware, kind: CollectiveKind, size: int, implement
     link = hardware.inter_node
     between = inter_node_s(kind, nodes, local, link.latency_s, link.bytes_per_s_per_rank)
     note = f"over {nodes} nodes by formula"
-    if local == 1:
-        return Route(between, "structural", 0, 0, None, note)
+    if local == 1:  # no phase within a node holds what a collective takes to begin with
+        return Route(lambda nbytes: BASE_S + between(nbytes), "structural", 0, 0, None, note)
     within = route_of(hardware, kind, local, implementation, 1)
     note = f"{note}, {within.note}" if within.note else note
     return Route(

@@ -16,7 +16,7 @@ line in bytes, and the least is taken, as NCCL's tuner takes it:
 
 A minimum of rising lines is continuous, rising and positive, whatever the constants.
 
-``base_s`` is NCCL's constant (baseLatencies, ring LL). The other NVSwitch constants are one least-squares fit of log
+``BASE_S`` is NCCL's constant (baseLatencies, ring LL). The other NVSwitch constants are one least-squares fit of log
 time over the A100 and H100 tables that ship with colrow, all four kinds, rounded to two digits; no other machine was
 used. Median error on all_reduce: A100 13 %, H100 13 %; not fitted to: H200 14 %, B200 21 %, B300 18 %, GB200 23 %,
 GB300 14 % (tables of aiconfigurator, commit 095f58a51c4c). The machines differ by 60 % in latency at equal links (B200
@@ -73,10 +73,12 @@ class PeerKernel:
     two_stage: Protocol
 
 
+BASE_S = 6.6e-6  # of a collective of NCCL's, whatever joins its ranks
+
 NVLS = Protocol(extra_s=11e-6, share=0.57)
 
 NVSWITCH = Fabric(
-    base_s=6.6e-6,
+    base_s=BASE_S,
     hop_s=0.9e-6,
     protocols=(Protocol(0.0, 0.22), Protocol(2e-6, 0.30), Protocol(18e-6, 0.65)),
     peers=Protocol(4.2e-6, 0.53),
@@ -84,7 +86,7 @@ NVSWITCH = Fabric(
 )
 
 PCIE_PAIR = Fabric(
-    base_s=6.6e-6,
+    base_s=BASE_S,
     hop_s=1.0e-6,
     protocols=(Protocol(0.0, 0.3), Protocol(18e-6, 0.6)),
     peers=Protocol(4.2e-6, 0.6),
@@ -92,7 +94,7 @@ PCIE_PAIR = Fabric(
 )
 
 PCIE = Fabric(
-    base_s=6.6e-6,
+    base_s=BASE_S,
     hop_s=1.0e-6,
     protocols=(Protocol(0.0, 0.15), Protocol(18e-6, 0.3)),
     peers=Protocol(4.2e-6, 0.3),
