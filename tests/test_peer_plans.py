@@ -63,16 +63,18 @@ def test_every_type_with_a_plan_is_found(rows: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours", "words"),
     [
-        (measured(all_reduce=[2, 20]), measured(all_reduce=[2, 20]), []),
-        (measured(all_reduce=[2, 20]), measured(all_reduce=[3, 20]), ["reductions: 3 against 2"]),
-        (measured(all_reduce=[2, 20]), measured(all_reduce=[1, 10], reduce_scatter=[1, 11]), ["bytes: 21 against 20"]),
-        (measured(all_gather=[9, 20]), measured(all_reduce=[1, 5]), ["reductions: 1 against 0"]),
+        (measured(all_reduce=[2, 20]), measured(all_reduce=[2, 20]), "no more"),
+        (measured(all_reduce=[2, 20]), measured(all_reduce=[3, 20]), "MORE forward reductions: 3 against 2"),
+        (measured(all_reduce=[2, 20]), measured(reduce_scatter=[2, 21]), "MORE forward bytes: 21 against 20"),
+        (measured(all_gather=[9, 20]), measured(all_reduce=[1, 5]), "no more in all forward reductions: 1 against 0"),
+        (measured(all_gather=[9, 20]), measured(all_reduce=[1, 21]), "MORE forward bytes: 21 against 20"),
+        (measured(all_gather=[1, 20]), measured(all_reduce=[2, 5]), "MORE forward reductions: 2 against 0"),
     ],
 )
-def test_more_is_told_from_no_more(rows: ModuleType, theirs: dict, ours: dict, words: list[str]) -> None:
+def test_more_is_told_from_no_more(rows: ModuleType, theirs: dict, ours: dict, words: str) -> None:
     verdict, why = rows.verdict({"peer": theirs, "pinned": ours, "default": ours})
-    assert verdict == ("MORE" if words else "no more")
-    assert why == ", ".join(f"forward {word}" for word in words)
+    assert f"{verdict} {why}".startswith(words)
+    assert verdict != "no more" or not why
 
 
 @pytest.mark.parametrize(

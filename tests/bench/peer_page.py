@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from peer_rows import FAILURES, Row, all_bytes, reductions
+from peer_rows import FAILURES, Row, Verdict, all_bytes, reductions
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +31,7 @@ def print_table(rows: Mapping[str, Row]) -> None:
 def totals(rows: Mapping[str, Row], asked: int) -> str:
     """How many rows ended how, and sums over the rows in which both are right."""
     verdicts = Counter(row["verdict"] for row in rows.values())
-    both = [row for row in rows.values() if row["verdict"] in ("no more", "MORE")]
+    both = [row for row in rows.values() if row["verdict"] in (Verdict.NO_MORE, Verdict.IN_ALL, Verdict.MORE)]
     parts = {"transformers": "peer", "ours, same weights": "pinned", "ours, default": "default"}
     lines = [f"{len(rows)} of {asked} types run: " + ", ".join(f"{n} {word}" for word, n in verdicts.most_common())]
     for words, key in parts.items():
@@ -86,6 +86,12 @@ def _reasons(rows: Mapping[str, Row]) -> list[str]:
         f"- {name}: split there and whole here: {_code(row['pinned']['whole'])}"
         for name, row in sorted(rows.items())
         if row.get("pinned", {}).get("whole")
+    ]
+    said += [
+        f"- {name}: transformers leaves these gradients partial sums, to be reduced by whoever reads them: "
+        f"{_code(row['peer']['deferred'])}"
+        for name, row in sorted(rows.items())
+        if row.get("peer", {}).get("deferred")
     ]
     return ["### Why", "", *said, ""] if said else []
 

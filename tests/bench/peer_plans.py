@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peer_page import SCHEMA, page, print_table, totals
-from peer_rows import FAILURES, Row, Verdict, row_of, types_with_plans
+from peer_rows import FAILURES, Row, Verdict, row_of, types_with_plans, verdict
 from transformers.utils import logging
 
 from colrow.rewrite.coverage import warm
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--memory-gb", type=float, default=6.0, help="memory allowed per process")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of peer_plans.json and PEER_PLANS.md")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the child of the moment is ended too
     own = types_with_plans()
     known = sorted(own, key=lambda name: (not own[name], name))  # whole types first
     chosen = asked.types.split(",") if asked.types else known
@@ -77,8 +79,11 @@ def write_page(file: Path, own: dict[str, bool]) -> None:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """Rows by model type."""
+    """Rows by model type, judged anew from what was measured."""
     rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else {}
+    for row in rows.values():
+        if "default" in row:
+            row["verdict"], row["why"] = verdict(row)
     return rows
 
 

@@ -1,7 +1,8 @@
 """One row per model type: transformers' own tensor parallelism, colrow with the same weights whole, colrow's default.
 
 What is compared, per rank, for a forward and for a backward: **reductions** (all_reduce and reduce_scatter) and
-**bytes** (whole buffers of collectives of every kind, as nccl-tests counts them).
+**bytes** (whole buffers of collectives of every kind, as nccl-tests counts them).  Where ours has more reductions and
+fewer collectives in all, the row says so and is counted apart.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Verdict(StrEnum):
     """How a row ended; there are no others."""
 
     NO_MORE = "no more"  # in reductions and bytes, forward and backward
+    IN_ALL = "no more in all"  # more reductions, but of a norm's statistics instead of gathers of what it norms
     MORE = "MORE"
     WRONG = "OURS WRONG"
     REFUSED = "ours refused"  # by colrow, while theirs is right
@@ -238,19 +240,31 @@ def verdict(row: Mapping[str, Any]) -> tuple[Verdict, str]:
         return (Verdict.NEITHER, f"{refused}; theirs: {peer['why']}") if refused else (alone, peer["why"])
     if refused:
         return Verdict.REFUSED, refused
-    more = differences(peer["counts"], ours["counts"])
-    return (Verdict.MORE, ", ".join(more)) if more else (Verdict.NO_MORE, "")
+    return compared(peer["counts"], ours["counts"])
 
 
-def differences(theirs: Counts, ours: Counts) -> list[str]:
-    """In what ``ours`` is more, in words."""
-    more = []
+def compared(theirs: Counts, ours: Counts) -> tuple[Verdict, str]:
+    """Whether ``ours`` is more in anything, and in what.
+
+    More reductions are one thing if there are also more collectives or bytes, and another where gathers have gone for
+    them: the norm of a split dim is computed from a sum of one number a token, or from the gathered dim.
+    """
+    found, words = Verdict.NO_MORE, []
     for direction in ("forward", "backward"):
-        for what, measure in (("reductions", reductions), ("bytes", all_bytes)):
-            mine, its = measure(ours[direction]), measure(theirs[direction])
-            if mine > its:
-                more.append(f"{direction} {what}: {mine} against {its}")
-    return more
+        (mine, all_mine, sent), (its, all_its, it_sent) = (measures(of[direction]) for of in (ours, theirs))
+        if sent > it_sent:
+            words.append(f"{direction} bytes: {sent} against {it_sent}")
+        if mine > its:
+            words.append(f"{direction} reductions: {mine} against {its} (of {all_mine} against {all_its} collectives)")
+            found = Verdict.IN_ALL if found is Verdict.NO_MORE else found
+        if sent > it_sent or (mine > its and all_mine > all_its):
+            found = Verdict.MORE
+    return found, ", ".join(words)
+
+
+def measures(kinds: Mapping[str, list[int]]) -> tuple[int, int, int]:
+    """Of one direction: reductions, collectives of every kind, and the bytes of all."""
+    return reductions(kinds), sum(n for n, _ in kinds.values()), all_bytes(kinds)
 
 
 def reductions(kinds: Mapping[str, list[int]]) -> int:
