@@ -65,11 +65,25 @@ class Folding:
         self.model = model
         self.calls: list[FoldCall] = []
         self._seen: dict[str, _Seen] = {}
+        self._held: frozenset[int] | None = None  # ids of the copies' parameters and buffers
         self._prefixes = tuple(f"{copy}." for copy in self.template_of)
 
     def covers(self, name: str) -> bool:
         """Whether parameter ``name`` belongs to a copy only (its fake tensor is not needed)."""
         return False if not self._prefixes else name.startswith(self._prefixes)
+
+    def refuse_read(self, value: Tensor) -> None:
+        """Refuses a trace that reads a copy's parameter or buffer: the copy, or a part of it, was called otherwise
+        than its template, so that what it holds would count as a constant.
+
+        Raises:
+            RuntimeError: ``value`` belongs to a copy.
+        """
+        if self._held is None:
+            copies = [self.model.get_submodule(copy) for copy in self.template_of]
+            self._held = frozenset(id(own) for part in copies for own in (*part.parameters(), *part.buffers()))
+        if id(value) in self._held:
+            raise RuntimeError("a part of a folded block is called from outside")
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -26,6 +26,8 @@ from .sites import Site, frame_of
 _NOISE = frozenset(
     {"_assert_tensor_metadata", "_set_grad_enabled", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"}
 )
+CALLED_APART = "blocks called in parts"
+"""The assumption that names blocks of which a part is called while the block itself is not."""
 _SAME = frozenset({"contiguous", "alias", "lift_fresh_copy", "lift_fresh", "lift", "detach_"})
 _SAME_IF_UNCHANGED = frozenset({"to", "_to_copy", "type_as", "contiguous_"})
 _NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize"})
@@ -72,6 +74,10 @@ class _Lifting:
         self.templates: dict[str, Template] = {}
         self.read_inside: dict[str, list[set[int]]] = {}
         self.block_starts = block_paths(model)
+        lists = (nn.ModuleList, nn.ModuleDict)  # never called: the module around them reads what they hold
+        self.is_called = {path: not isinstance(model.get_submodule(path), lists) for path in self.block_starts}
+        self.block_of: dict[str, str] = {}
+        self.apart: dict[str, None] = {}
 
     def run(self) -> Graph:
         names = iter(self.leaf_names)
@@ -81,6 +87,7 @@ class _Lifting:
                 self._placeholder(node, kind, name)
             elif node.op == "get_attr":
                 self.value[node] = self._constant(node.target, getattr(self.traced, node.target))
+                self.folding.refuse_read(getattr(self.traced, node.target))
             elif node.op == "call_function":
                 self._operator(node)
             elif node.op == "output":
@@ -91,6 +98,8 @@ class _Lifting:
         fuse_repeats(self.graph)
         _no_gradient_without_readers(self.graph)
         _record_blocks(self.graph, self.block_starts)
+        if self.apart:
+            self.graph.assumptions[CALLED_APART] = ", ".join(self.apart)
         return self.graph
 
     def _unread_parameters(self) -> None:
@@ -244,10 +253,23 @@ class _Lifting:
             and any(self.graph.nodes[i].differentiable for i in made.operands)
         )
         made.module = _module_path(node)
+        self._called_apart(node)
         made.call = self._call(node)
         made.measured = frozenset(self.measured.get(node, ()))
         self.graph.nodes.append(made)
         self.value[node] = Ref(made.index)
+
+    def _called_apart(self, node: torch.fx.Node) -> None:
+        """Notes a block whose part is called while the block itself is not."""
+        running = [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
+        inner = running[-1] if running else ""
+        if inner not in self.block_of:
+            parts = inner.split(".")
+            around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+            block = next((path for path in around if path in self.is_called), "")
+            self.block_of[inner] = block if block and self.is_called[block] else ""
+        if self.block_of[inner] and self.block_of[inner] not in running:
+            self.apart[self.block_of[inner]] = None
 
     def _measure(self, value: Ref, dims: Iterable[int]) -> None:
         self.graph.nodes[value.index].measured |= frozenset(dims)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from colrow.cost_models.errors import PlanFileError, UsageError, ValidationError
 from colrow.planner.blocks import block_paths, outermost
 from colrow.planner.edits import CallEdit, ForwardEdits, ParameterEdit
+from colrow.planner.lifting import CALLED_APART
 from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan
 from colrow.planner.sites import Frame, Site
@@ -77,7 +78,8 @@ def parallelize(
             model.register_forward_pre_hook(chooses, with_kwargs=True)
         if draws_alike:
             model.register_forward_pre_hook(RefuseTraining())
-        install_regions(model, outermost(block_paths(model)), stored, group, running, edits)
+        apart = plan.assumptions.get(CALLED_APART, "").split(", ")
+        install_regions(model, outermost(block_paths(model)), stored, group, running, edits, apart)
         checks = CheckForm(dense, plan, returned, group, running, forms)
         model.register_forward_pre_hook(checks, with_kwargs=True)
         model.register_forward_pre_hook(InputGradients(group, running, checks), with_kwargs=True)

@@ -294,6 +294,7 @@ def install_regions(
     group: TpGroup,
     running: Running | None = None,
     edits: Sequence[ForwardEdits] = (),
+    apart: Sequence[str] = (),
 ) -> list[Region]:
     """Make the forwards of ``model`` see local tensors. ``store`` has run before; FSDP2's ``fully_shard`` comes after.
 
@@ -304,6 +305,8 @@ def install_regions(
         group: The tensor-parallel group.
         running: Says which of several schedules a forward follows.
         edits: Of these schedules; which of them lift a parameter, or leave its gradient partial.
+        apart: Blocks of which the model calls parts without calling the block: they are read once per forward of the
+            model.
 
     Returns:
         One region per block; one of the root for the rest; and one per module of the rest, for calls that do not come
@@ -326,7 +329,8 @@ def install_regions(
                 known[id(value)].slots.append((owner, name))
             else:
                 known[id(value)] = _reader(plan[fqn], [(owner, name)], group.rank, edits)
-    return [Region(_called(modules, path), list(readers.values()), group, running) for path, readers in regions.items()]
+    callers = {path: model if path in apart else _called(modules, path) for path in regions}
+    return [Region(callers[path], list(readers.values()), group, running) for path, readers in regions.items()]
 
 
 def _called(modules: dict[str, nn.Module], path: str) -> nn.Module:
