@@ -4,6 +4,7 @@
 # make fuzz    2,000 random modules, planned, rewritten and compared; goes on where it stopped
 # make bench-links   predicted against measured steps on 2 gloo ranks, at full speed and (root) on slow links
 # make bench-costs   predicted against measured times: collectives, matmuls, published runs
+# make bench-memory  predicted against measured bytes of a rank: 4 models, 2 sizes, training and prefill
 # make coverage  every model type of transformers, traced, planned and verified: docs/COVERAGE.md (hours; resumes)
 # Each makes .venv first, from constraints.txt. A PYTHON of your own: make test PYTHON=/path/to/python3.11
 
@@ -13,7 +14,7 @@ STAMP := .venv/.installed
 # One thread per process: the suite starts several ranks at a time, and CPU seconds are only comparable that way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test coverage bench bench-costs bench-links fuzz clean
+.PHONY: demo test coverage bench bench-costs bench-links bench-memory fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -32,6 +33,9 @@ bench: $(STAMP)
 
 bench-links: $(STAMP)
 	$(BIN)/python tests/bench/links.py
+
+bench-memory: $(STAMP)
+	$(BIN)/python tests/bench/memory.py
 
 bench-costs: $(STAMP)
 	$(BIN)/python tests/bench/costs.py

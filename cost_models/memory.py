@@ -19,9 +19,10 @@ class MemoryBytes:
         weights: Parameters and buffers.
         gradients: One per trained parameter.
         optimizer: Optimiser state, master weights included.
-        activations: Saved for the backward pass, or the live set of a forward pass without one.
+        activations: Kept by autograd from a forward pass for its backward.
         kv_cache: Keys and values of all layers.
-        workspace: Communication buffers, kernels' scratch space, allocator slack.
+        workspace: What else is alive at once: values on their way, gradients of values, a weight's new gradient.
+        communication: What the largest collective holds beside its result.
     """
 
     weights: int = 0
@@ -30,6 +31,7 @@ class MemoryBytes:
     activations: int = 0
     kv_cache: int = 0
     workspace: int = 0
+    communication: int = 0
 
     @property
     def total(self) -> int:
@@ -80,6 +82,29 @@ def training_bytes(numel: int, itemsize: int, master_weights: MasterWeights = "s
         gradients=gradient_bytes(numel, itemsize),
         optimizer=adamw_bytes(numel, itemsize, master_weights),
     )
+
+
+def collective_bytes(kind: str, nbytes: int, ranks: int) -> int:
+    """Bytes a collective holds on one rank beside its result, or its operand where that is the larger one.
+
+    An all_reduce's result is not its operand; an all_gather has the rank's part, and the parts in rank order before
+    they are laid out along their dim; a reduce_scatter has its operand and the parts it is laid out in. What a library
+    allocates once per communicator (NCCL: ``NCCL_BUFFSIZE`` per channel and peer) is not in it.
+
+    Args:
+        kind: all_reduce, all_gather, reduce_scatter or all_to_all.
+        nbytes: The whole buffer over all ranks.
+        ranks: Size of the group.
+    """
+    if ranks == 1:
+        return 0
+    match kind:
+        case "all_gather":
+            return nbytes // ranks + nbytes
+        case "reduce_scatter":
+            return 2 * nbytes
+        case _:
+            return nbytes
 
 
 def kv_cache_bytes(layers: int, batch: int, context: int, kv_heads: int, head_dim: int, itemsize: int) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from colrow.cost_models.memory import MemoryBytes, training_bytes
 
-from .graph import VIEWS, Graph, Node, Ref, numel
+from .graph import Graph, Node, Ref, numel
+from .live_values import forward_peak_bytes, training_peak_bytes
 from .placement import Placement, Shard
 from .pricing import Phase, Pricing
+from .saved_values import base_values, kept_inside, saved_values
 from .storing import Stored
 from .strategies import is_leaf
 
@@ -17,12 +19,11 @@ from .strategies import is_leaf
 def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Stored], MemoryBytes]:
     """Bytes of one value stored in a placement.
 
-    Weights count in every phase; gradients and AdamW's two moments (in the parameters' dtype) in training, as do all
-    values that a
-    backward pass may read (an upper bound: every floating result that is no view). In inference keys and values are
-    cached.
+    Weights count in every phase; gradients and AdamW's two moments (in the parameters' dtype) in training, as do the
+    values that autograd keeps for the backward pass (`saved_values`). In inference keys and values are cached.
     """
     cached, trains = _cached_values(graph) if phase != "train" else {}, is_trained(graph)
+    saved, bases = (saved_values(graph), base_values(graph)) if phase == "train" else (set(), [])
 
     def of(node: Node, stored: Stored) -> MemoryBytes:
         if node.op in ("parameter", "buffer"):
@@ -31,7 +32,8 @@ def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Store
             return MemoryBytes()
         held = _held(node, stored) * node.dtype.itemsize
         if phase == "train":
-            return MemoryBytes(activations=held) if node.differentiable and node.op not in VIEWS else MemoryBytes()
+            own = bases[node.index] == node.index and node.template in saved
+            return MemoryBytes(activations=held * (own + kept_inside(node)))
         if node.index in cached:
             length = max(1, node.shape[-2]) if len(node.shape) > 1 else 1
             return MemoryBytes(kv_cache=held * (length + context) // length)
@@ -74,14 +76,23 @@ def _kept(node: Node, stored: Stored, trained: bool) -> MemoryBytes:
 
 
 def workspace_bytes(graph: Graph, phase: Phase) -> int:
-    """Room for what is live at once beside the additive part: three times the largest value, unsplit."""
+    """Room left, before placements are known, for what is live at once beside the additive part and for buffers of
+    collectives: three times the largest value, unsplit. `total_of` counts it when they are."""
     del phase
     return 3 * max((n.nbytes for n in graph.nodes if n.template == n.index and not is_leaf(n)), default=0)
 
 
-def total_of(graph: Graph, stored: Sequence[Stored], phase: Phase, context: int) -> Mapping[str, int]:
-    """Bytes per rank by kind, tied parameters once."""
-    of, total = memory_of(graph, phase, context), MemoryBytes(workspace=workspace_bytes(graph, phase))
+def total_of(
+    graph: Graph, stored: Sequence[Stored], phase: Phase, context: int, communication: int = 0
+) -> Mapping[str, int]:
+    """Bytes per rank by kind, tied parameters once; ``communication``: buffers of the largest collective."""
+    of = memory_of(graph, phase, context)
+    held = _held_by_node(graph, stored)
+    if phase == "train":
+        kept, peak = training_peak_bytes(graph, held)
+        total = MemoryBytes(workspace=peak - kept, communication=communication)
+    else:
+        total = MemoryBytes(workspace=forward_peak_bytes(graph, held), communication=communication)
     counts: Counter[tuple[int, Stored]] = Counter()
     alike: dict[tuple[int, bool, bool], int] = {}  # a copy may differ from its template in whether a gradient comes
     trains = is_trained(graph)
@@ -93,6 +104,18 @@ def total_of(graph: Graph, stored: Sequence[Stored], phase: Phase, context: int)
         one = of(graph.nodes[index], placement)
         total += MemoryBytes(**{kind: count * nbytes for kind, nbytes in one.by_kind().items()})
     return dict(total.by_kind())
+
+
+def _held_by_node(graph: Graph, stored: Sequence[Stored]) -> list[int]:
+    """Bytes of every value as it is stored; copies of a node stored alike hold as much."""
+    alike: dict[tuple[int, int], int] = {}
+    held = []
+    for node, placement in zip(graph.nodes, stored, strict=True):
+        key = (node.template, id(placement))
+        if key not in alike:
+            alike[key] = _held(node, placement) * node.dtype.itemsize
+        held.append(alike[key])
+    return held
 
 
 def _held(node: Node, stored: Stored) -> int:
@@ -120,6 +143,7 @@ def _cached_values(graph: Graph) -> dict[int, None]:
                 "view",
                 "contiguous",
                 "clone",
+                "repeat_heads",
             ):
                 index = graph.nodes[index].operands[0]
             found[index] = None

@@ -11,6 +11,7 @@ from torch import nn
 
 from colrow.cost_models.errors import Infeasible, MemoryCapError, UsageError
 from colrow.cost_models.hardware import Hardware, load_hardware
+from colrow.cost_models.memory import collective_bytes
 
 from .bytes_per_rank import optimizer_step_ps, total_of
 from .collector import collector_paused
@@ -140,7 +141,24 @@ def plan_graphs(
     memory_gb: float | None,
 ) -> Plan:
     """Plans the traces of several workloads over one layout; see `plan`."""
-    cap = int((memory_gb if memory_gb is not None else hardware.memory_gb) * 1e9)
+    cap = room = int((memory_gb if memory_gb is not None else hardware.memory_gb) * 1e9)
+    while True:
+        made = _plan_within(traced, name, tp, hardware, options, memory_gb, room)
+        over = sum(made.memory_bytes.values()) - cap
+        if over <= 0:
+            return made
+        room -= over  # more is alive at once, or in buffers, than was set aside before placements were known
+
+
+def _plan_within(
+    traced: Sequence[tuple[Workload, Graph]],
+    name: str,
+    tp: int,
+    hardware: Hardware,
+    options: Options,
+    memory_gb: float | None,
+    cap: int,
+) -> Plan:
     solved, options = solve_jointly(traced, tp, hardware, options, cap)
     parameters = {edit.fqn: edit for edit in solved[0].lowered.parameters}
     schedules: list[Schedule] = []
@@ -174,7 +192,13 @@ def plan_of(
     parameters, unsplit = described_parameters(formulation, lowered)
     planned = [schedule for schedule in schedules if not schedule.stands_in]
     held = [
-        total_of(s.formulation.graph, s.lowered.stored, phase_of(one.workload.name), one.workload.context)
+        total_of(
+            s.formulation.graph,
+            s.lowered.stored,
+            phase_of(one.workload.name),
+            one.workload.context,
+            _buffer_bytes(one, formulation.pricing.ranks),
+        )
         for s, one in zip(solved, planned, strict=True)
     ]
     return Plan(
@@ -202,6 +226,13 @@ def plan_of(
             "nodes": sum(len(s.formulation.graph.nodes) for s in solved),
         },
     )
+
+
+def _buffer_bytes(schedule: Schedule, ranks: int) -> int:
+    """What the largest collective of the workload's own passes holds."""
+    train = phase_of(schedule.workload.name) == "train"
+    made = (c for c in schedule.collectives if train or c.direction == "forward")
+    return max((collective_bytes(c.kind, c.nbytes, ranks) for c in made), default=0)
 
 
 def _cost(solved: Solved) -> PlannedCost:

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from colrow.cost_models.memory import MemoryBytes, adamw_bytes, fits, kv_cache_bytes, training_bytes
 
-AMOUNTS = st.builds(MemoryBytes, *[st.integers(0, 2**40)] * 6)
+AMOUNTS = st.builds(MemoryBytes, *[st.integers(0, 2**40)] * 7)
 
 
 @given(AMOUNTS, AMOUNTS)
 def test_parts_sum_to_the_total(one: MemoryBytes, other: MemoryBytes) -> None:
-    kinds = ["weights", "gradients", "optimizer", "activations", "kv_cache", "workspace"]
+    kinds = ["weights", "gradients", "optimizer", "activations", "kv_cache", "workspace", "communication"]
     assert list(one.by_kind()) == kinds and one.total == sum(getattr(one, kind) for kind in kinds)
     assert (one + other).total == one.total + other.total
     assert (one + other).kv_cache == one.kv_cache + other.kv_cache

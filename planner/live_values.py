@@ -1,0 +1,75 @@
+"""How many bytes are alive at once: values from where they are made to where they are last read, gradients likewise.
+
+Forward, a value that the backward pass needs stays; backward, what is kept goes in the order in which it came. A value
+counts as stored on this rank (``nbytes``, per node); leaves, being there all the time, do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .graph import Graph
+from .saved_values import base_values, kept_inside, saved_values
+from .strategies import is_leaf
+
+
+def forward_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> int:
+    """Most bytes alive at once where no backward pass follows."""
+    bases = base_values(graph)
+    last = _last_readers(graph, bases)
+    change = np.zeros(len(graph.nodes) + 2, dtype=np.int64)
+    for index in _made(graph, bases):
+        change[index] += nbytes[index]
+        change[last[index] + 1] -= nbytes[index]
+    return int(np.cumsum(change).max(initial=0))
+
+
+def training_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> tuple[int, int]:
+    """What is kept at the end of a forward pass, and the most alive at once in it and the backward pass after it.
+
+    A weight's new gradient counts while it is added to the one there is; those are counted elsewhere.
+    """
+    nodes, saved = graph.nodes, saved_values(graph)
+    bases = base_values(graph)
+    last = _last_readers(graph, bases)
+    size = len(nodes) + 2
+    forward, backward = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    kept = 0
+    for index in _made(graph, bases):
+        node, held = nodes[index], nbytes[index]
+        inside = held if kept_inside(node) else 0
+        stays = node.template in saved
+        kept += inside + stays * held
+        forward[index] += held + inside
+        forward[last[index] + 1] -= 0 if stays else held
+        backward[index] += inside + stays * held
+        if node.differentiable:
+            backward[index] += held
+            backward[last[index] + 1] -= held
+        added = _gradients(graph, index, nbytes)
+        backward[index] += added
+        backward[index + 1] -= added
+    peaks = (np.cumsum(forward).max(initial=0), np.cumsum(backward).max(initial=0))
+    return kept, int(max(peaks))
+
+
+def _gradients(graph: Graph, index: int, nbytes: Sequence[int]) -> int:
+    """Bytes of the parameters that an operator reads."""
+    return sum(nbytes[i] for i in graph.nodes[index].operands if graph.nodes[i].op == "parameter")
+
+
+def _made(graph: Graph, bases: Sequence[int]) -> list[int]:
+    return [node.index for node in graph.nodes if bases[node.index] == node.index and not is_leaf(node)]
+
+
+def _last_readers(graph: Graph, bases: Sequence[int]) -> list[int]:
+    """The last node that reads a value or a view of it; for what the model returns the end."""
+    last = list(range(len(graph.nodes)))
+    for node in graph.nodes:
+        for index in (node.index, *node.operands):
+            last[bases[index]] = node.index
+    for index in graph.outputs:
+        last[bases[index]] = len(graph.nodes)
+    return last
