@@ -6,10 +6,13 @@ values (`example_inputs.runs`). Forms are tried in this order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from .modalities import FEATURE_MASKS
 
 IMAGES = ("pixel_values",)
 SPECTROGRAMS = ("input_features", "audio_mel")
@@ -20,10 +23,13 @@ BINS = (128, 80, 64)  # of spectrograms whose configuration gives none
 def other_forms(
     inputs: Mapping[str, Any], accepted: Mapping[str, Any], config: Any, dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
-    """``inputs`` with images and sounds in other forms, then with what another encoder would have made."""
+    """``inputs`` with images and sounds in other forms, without sounds' masks, then with another encoder's states."""
     for name in IMAGES:
         if name in inputs:
             yield from ({**inputs, name: form} for form in image_forms(inputs[name]))
+    unmasked = {name: value for name, value in inputs.items() if not re.search(FEATURE_MASKS, name)}
+    if len(unmasked) < len(inputs):
+        yield unmasked  # of features, where the usual mask is one of frames
     for name in SPECTROGRAMS:
         if name in inputs:
             yield from ({**inputs, name: form} for form in sound_forms(inputs[name]))

@@ -182,7 +182,7 @@ def _shrink_window(sizes: _Sizes, part: PreTrainedConfig, size: int) -> int:
 Rule = Callable[[_Sizes, Any, int], int]
 KEPT = r"^_|token|label|kernel|stride|state|conv_(?!dim)|bucket|chunk_size_feed|type_vocab|num_mel|patch_size|expand"
 HEADS = r"(^|_)n?_?heads?(_kv)?$|(^|_)heads?_(count|per)|^n_head|num_\w*heads$"
-HEAD_DIM = r"head_(dim|size)$|(^|_)d_head$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$|^rotary_dim$"
+HEAD_DIM = r"head_(dim|size)$|(^|_)(d|dim)_head$|^d_kv$|^kv_channels$|^query_pre_attn_scalar$|^rotary_dim$"
 OWN_HEADS = r"^(mamba|linear|ssm|index|rotary)"  # not attention's own: of a mixer beside it, or a part of its head dim
 RULES: tuple[tuple[str, Rule], ...] = (
     (KEPT, lambda sizes, part, value: value),
