@@ -1,0 +1,55 @@
+"""Plain modules, PyTorch's own layers among them: split or replicated, but right; what cannot be is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain_modules import MODULES, TOKENS, OnlyIfLarge
+from torch import nn
+
+from colrow.cost_models.errors import RankError, TraceError
+from colrow.planner.planning import plan
+from colrow.rewrite.verification import verify
+
+# Attention inside PyTorch's one function for it, or convolutions by channel: what is not split of them, at most.
+LEAST_SPLIT = {
+    "Transformer": 0.35,
+    "TransformerEncoder": 0.45,
+    "TransformerDecoderLayer": 0.3,
+    "SelfAttention": 0.0,
+    "CrossAttention": 0.1,
+    "MobileNet": 0.6,
+}
+ON_THREE = ("ResNet", "UNet", "Einsums", "LinearAttention", "Experts", "TiedAutoencoder")
+REFUSED = {"WaveNet"}  # statements of a loop that would want other edits in the first pass than later
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODULES[name][0]().double()
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"), [(name, 2) for name in MODULES if name not in REFUSED] + [(name, 3) for name in ON_THREE]
+)
+def test_plain_modules_are_right(name: str, tp: int) -> None:
+    inputs = MODULES[name][1]
+    made = plan(built(name), inputs, tp=tp, phase="train")
+    report = verify(lambda: built(name), inputs, made)
+    assert report.ok(), report.explain()
+    assert report.gradient_errors and len(report.trainings) == 2
+    if tp == 2:
+        assert made.sharded_fraction >= LEAST_SPLIT.get(name, 0.9), made.unsplit
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_refused_is_refused_before_it_runs(name: str) -> None:
+    inputs = MODULES[name][1]
+    made = plan(built(name), inputs, tp=2, phase="train")
+    with pytest.raises(RankError, match="the plan is not exact for this model"):
+        verify(lambda: built(name), inputs, made)
+
+
+def test_a_branch_on_values_is_refused() -> None:
+    with pytest.raises(TraceError, match="data-dependent branch"):
+        plan(OnlyIfLarge().double(), TOKENS, tp=2)
