@@ -368,7 +368,7 @@ def _shares(name: str) -> bool:
 def _copied(made: Any, source: Any) -> bool:
     """Whether both are tensors, and each has a storage of its own."""
     both = isinstance(made, Tensor) and isinstance(source, Tensor)
-    return both and not torch._C._is_alias_of(made, source)
+    return both and not torch._C._is_alias_of(made, source)  # type: ignore[attr-defined]
 
 
 def _module_path(node: torch.fx.Node) -> str:
