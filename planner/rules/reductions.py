@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..placement import PARTIAL, WHOLE, Partial, Replicate, Shard
 from .base import Operation, Result, all_whole, rule, wrapped
+from .pointwise import shards
 
 
 def _reduced(op: Operation, dims: Iterable[int] | int | None) -> tuple[set[int], bool]:
@@ -77,16 +78,12 @@ def along(op: Operation) -> Result:
 
 @rule("topk", "sort", "max", "min")
 def several(op: Operation) -> Result:
-    """Values and indices along one dim."""
+    """Values and indices along one dim; of two tensors, element by element; of one and no dim, its largest."""
     x = op.argument(0)
-    if not op.node.outputs or len(op.tensors) > 1:
-        return (
-            WHOLE
-            if all_whole(op) and not op.node.outputs
-            else None
-            if not all_whole(op)
-            else (WHOLE,) * len(op.node.outputs)
-        )
+    if len(op.tensors) > 1:
+        return shards(op, len(op.node.shape), op.node.shape)
+    if not op.node.outputs:
+        return WHOLE if all_whole(op) else None
     dim = op.argument(2 if op.node.op == "topk" else 1, "dim", -1)
     match op.placement(x):
         case Shard(d, layout):
