@@ -42,7 +42,7 @@ def image_inputs(
     vision = part_of(config, IMAGE_PARTS)
     grid = next((name for name in GRIDS if name in accepted), None)
     pixels = "pixel_values" if "pixel_values" in accepted else "hidden_states"
-    if pixels not in accepted or (pixels == "hidden_states" and grid is None):
+    if pixels not in accepted or (pixels == "hidden_states" and grid is None) or _is_without(config, "vision_config"):
         return {}
 
     def noise(*shape: int) -> torch.Tensor:
@@ -76,6 +76,8 @@ def audio_inputs(
     """One sound per sequence, by argument name; none where the model takes none."""
     config: Any = model.config
     inputs: dict[str, torch.Tensor] = {}
+    if _is_without(config, "audio_config"):
+        return inputs
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(batch, *shape, generator=generator).to(dtype)
@@ -92,6 +94,11 @@ def audio_inputs(
     if "input_values" in accepted:
         inputs["input_values"] = noise(*_audio_shape(model, config))
     return inputs
+
+
+def _is_without(config: Any, part: str) -> bool:
+    """Whether a model that may have such a part was configured to have none."""
+    return part in getattr(config, "sub_configs", ()) and getattr(config, part, None) is None
 
 
 def part_of(config: Any, names: tuple[str, ...]) -> Any:

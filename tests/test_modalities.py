@@ -90,3 +90,9 @@ def test_docstrings_tell_shapes_dtypes_and_what_is_optional() -> None:
     made = documented_tensor(found["states"], [Config()], lengths, torch.float64, generator)
     assert made.shape == (2, 7, 5) and made.dtype is torch.float64
     assert documented_tensor(found["mask"], [], lengths, torch.float64, generator).dtype is torch.bool
+
+
+def test_a_model_configured_without_a_tower_gets_no_images() -> None:
+    loaded = load_source("hf:gemma4", phase="train", batch=2, seq=16, dtype="fp64", small=True)
+    assert loaded.config is not None and loaded.config.vision_config is None  # its default
+    assert "pixel_values" not in loaded.example_inputs and "input_ids" in loaded.example_inputs
