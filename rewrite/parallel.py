@@ -40,6 +40,7 @@ from .schedules import ChooseSchedule, Running, Stop
 from .split_outputs import GatherOutputs, changed_at
 from .storage import ParameterSpec, store
 from .undoing import all_or_nothing
+from .user_hooks import Boundary, guard_hooks, refuse_hooks
 from .validation import meta_copy, validate, with_local_shapes
 
 
@@ -63,7 +64,7 @@ def parallelize(
     """
     axis, group = tp_mesh(mesh), group_of(mesh)
     _agree(plan, group)
-    dense, (returned, draws_alike, forms) = together(
+    dense, ((returned, passed), draws_alike, forms) = together(
         lambda: _check(model, plan, group, checkpoint), group, "parallelize"
     )
     with all_or_nothing(model):
@@ -88,13 +89,17 @@ def parallelize(
         model.register_forward_hook(ReturnedGradients(plan, group, running))
         if len(edits) > 1:
             model.register_forward_hook(Stop(running), always_call=True)
+        guard_hooks(model, passed, group)
     _same_random_state(group)
     return model
 
 
-Validated = tuple[tuple[frozenset[str], ...], bool, dict[tuple[int, Key], Form | ValidationError]]
+Validated = tuple[
+    tuple[tuple[frozenset[str], ...], dict[str, Boundary]], bool, dict[tuple[int, Key], Form | ValidationError]
+]
 _validated: dict[tuple[str, str], Validated] = {}
-"""By the plan's digest and the model's identity: what each schedule's forward returns, whether the plan lacks what
+"""By the plan's digest and the model's identity: what each schedule's forward returns and which modules pass values
+that are not whole, whether the plan lacks what
 training needs, and what was found out about other forms of the forward."""
 _validating = threading.Lock()
 
@@ -147,6 +152,7 @@ def _check(model: nn.Module, plan: Plan, group: TpGroup, checkpoint: str | Path 
             running = Running(plan.schedules)
             edit_bodies(edited, plan, group, running)
             _validated[key] = validate(dense, edited, plan, running), lacks_draws(dense, plan), {}
+        refuse_hooks(model, _validated[key][0][1])
         return dense, _validated[key]
 
 

@@ -41,7 +41,7 @@ class ReturnedGradients:
         if unknown and self.plan.schedules[self.running.index].lengths:
             raise _uncovered(unknown, "it may be split along the sequence")
         for path in unknown:
-            output = changed_at(output, path.split("."), partial(_refusing, path))
+            output = changed_at(output, path.split("."), partial(refusing, path))
         return output
 
     def _lifted(self, value: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _Refusing(torch.autograd.Function):
         raise _uncovered([ctx.path], "its gradient may be partial")
 
 
-def _refusing(path: str, value: Tensor) -> Tensor:
+def refusing(path: str, value: Tensor) -> Tensor:
     if not value.requires_grad:
         return value
     refusing: Tensor = _Refusing.apply(value, path)  # type: ignore[no-untyped-call]

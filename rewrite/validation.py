@@ -39,13 +39,16 @@ from colrow.planner.workloads import example_of
 
 from . import markers
 from .schedules import Running
+from .user_hooks import Boundary, either, passed_values
 
 _SIZES = frozenset(
     {"view", "reshape", "expand", "broadcast_to", "unflatten", "new_empty", "new_zeros", "new_ones", "new_full"}
 )
 
 
-def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) -> tuple[frozenset[str], ...]:
+def validate(
+    dense: nn.Module, edited: nn.Module, plan: Plan, running: Running
+) -> tuple[tuple[frozenset[str], ...], dict[str, Boundary]]:
     """Shows that ``edited`` is what ``plan`` makes of ``dense``.
 
     Args:
@@ -55,12 +58,13 @@ def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) 
         running: What the edited bodies follow.
 
     Returns:
-        By schedule, the paths of what the model returns.
+        By schedule, the paths of what the model returns; the modules through whose boundary values pass that are not
+        whole.
 
     Raises:
         ValidationError: Names the first node that differs.
     """
-    returned = []
+    returned, passed = [], dict[str, Boundary]()
     for index, schedule in enumerate(plan.schedules):
         inputs = example_of(schedule.workload)
         planned = trace(dense, inputs)
@@ -83,7 +87,8 @@ def validate(dense: nn.Module, edited: nn.Module, plan: Plan, running: Running) 
             local = trace(edited, inputs)
         _Comparison(solved.formulation, solved.lowered, local).run()
         returned.append(frozenset(planned.output_paths))
-    return tuple(returned)
+        passed = either(passed, passed_values(solved))
+    return tuple(returned), passed
 
 
 def profile_of(plan: Plan) -> Hardware:
