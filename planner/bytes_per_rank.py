@@ -93,15 +93,16 @@ def total_of(
         total = MemoryBytes(workspace=peak - kept, communication=communication)
     else:
         total = MemoryBytes(workspace=forward_peak_bytes(graph, held), communication=communication)
-    counts: Counter[tuple[int, Stored]] = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
+    placements = {id(placement): placement for placement in stored}  # hashing one takes longer than all else here
     alike: dict[tuple[int, bool, bool], int] = {}  # a copy may differ from its template in whether a gradient comes
     trains = is_trained(graph)
     for node in graph.nodes:
         if node.fqn not in graph.ties:
             like = alike.setdefault((node.template, node.differentiable, trains(node)), node.index)
-            counts[(like, stored[node.index])] += 1
+            counts[(like, id(stored[node.index]))] += 1
     for (index, placement), count in counts.items():
-        one = of(graph.nodes[index], placement)
+        one = of(graph.nodes[index], placements[placement])
         total += MemoryBytes(**{kind: count * nbytes for kind, nbytes in one.by_kind().items()})
     return dict(total.by_kind())
 

@@ -7,8 +7,7 @@ counts as stored on this rank (``nbytes``, per node); leaves, being there all th
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from itertools import accumulate
 
 from .graph import Graph
 from .saved_values import base_values, kept_inside, saved_values
@@ -19,11 +18,11 @@ def forward_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> int:
     """Most bytes alive at once where no backward pass follows."""
     bases = base_values(graph)
     last = _last_readers(graph, bases)
-    change = np.zeros(len(graph.nodes) + 2, dtype=np.int64)
+    change = [0] * (len(graph.nodes) + 2)
     for index in _made(graph, bases):
         change[index] += nbytes[index]
         change[last[index] + 1] -= nbytes[index]
-    return int(np.cumsum(change).max(initial=0))
+    return max(accumulate(change))
 
 
 def training_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> tuple[int, int]:
@@ -35,7 +34,7 @@ def training_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> tuple[int, int]:
     bases = base_values(graph)
     last = _last_readers(graph, bases)
     size = len(nodes) + 2
-    forward, backward = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    forward, backward = [0] * size, [0] * size
     kept = 0
     for index in _made(graph, bases):
         node, held = nodes[index], nbytes[index]
@@ -51,8 +50,7 @@ def training_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> tuple[int, int]:
         added = _gradients(graph, index, nbytes)
         backward[index] += added
         backward[index + 1] -= added
-    peaks = (np.cumsum(forward).max(initial=0), np.cumsum(backward).max(initial=0))
-    return kept, int(max(peaks))
+    return kept, max(*accumulate(forward), *accumulate(backward))
 
 
 def _gradients(graph: Graph, index: int, nbytes: Sequence[int]) -> int:
@@ -68,7 +66,7 @@ def _last_readers(graph: Graph, bases: Sequence[int]) -> list[int]:
     """The last node that reads a value or a view of it; for what the model returns the end."""
     last = list(range(len(graph.nodes)))
     for node in graph.nodes:
-        for index in (node.index, *node.operands):
+        for index in node.operands:
             last[bases[index]] = node.index
     for index in graph.outputs:
         last[bases[index]] = len(graph.nodes)
