@@ -16,7 +16,7 @@ from .moves import COMMUNICATES, Move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
 from .pricing import Cost
 from .returned_values import returned_part
-from .roles import BlockOf
+from .roles import BlockOf, canonical
 from .rules.pointwise import JOINT
 from .sites import Site
 from .storing import Stored
@@ -118,11 +118,15 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
         out.communication += choice.communication.times(counts[id(choice)])
     leaves = {node.fqn: node for node in graph.nodes if node.op == "parameter"}
     out.parameters = [_parameter(leaves[name], out.stored[leaves[name].index]) for name in graph.parameters]
+    is_read = {index for node in graph.nodes for index in node.operands}
+    same = canonical(graph) if graph.ties else {}
+    roots = {same[index] for index in lifted if index in same}
+    lifted |= {i for i, root in same.items() if root in roots and i not in is_read}  # names that nobody reads
     returned = list(zip(graph.output_paths, graph.outputs, strict=True))
     out.edits = ForwardEdits(
         calls=_merged_calls(formulation, edits),
         partial=frozenset(name for name in graph.parameters if out.stored[leaves[name].index] == PARTIAL_GRAD),
-        lifted=frozenset(graph.nodes[index].fqn for index in lifted),
+        lifted=frozenset(name for name in graph.parameters if leaves[name].index in lifted),
         inputs=tuple(node.fqn for node in graph.nodes if node.op == "input" and node.differentiable),
         outputs=tuple(path for path, index in returned if out.stored[index] == PARTIAL_GRAD),
         split_outputs=tuple(

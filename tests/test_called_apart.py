@@ -55,7 +55,20 @@ class Borrowed(nn.Module):
         return x * self.blocks[0].condition(given)
 
 
-@pytest.mark.parametrize(("made", "apart"), [(Lists, None), (Borrowed, "blocks.0")])
+class Kept(nn.Module):
+    """Its layers have a second name, by which nothing reads them, as Performer's have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(mlp(), mlp())
+        self.keeper = nn.Module()
+        self.keeper.instance = self.layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+@pytest.mark.parametrize(("made", "apart"), [(Lists, None), (Borrowed, "blocks.0"), (Kept, None)])
 def test_right_where_blocks_are_not_simply_called(made: type[nn.Module], apart: str | None) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
