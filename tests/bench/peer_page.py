@@ -17,8 +17,8 @@ them), of one rank in one step; executed, and counted at PyTorch's dispatcher in
 the dense model in float64, every output and every gradient, within 1e-5. *Same weights*: what transformers leaves whole
 is pinned whole. *Default*: every weight is split that can be. *No more*: no more reductions and no more bytes than
 transformers has, forward and backward. *No more in all*: more reductions, but no more collectives and bytes: a norm
-over a split dim is computed from a sum of one number a token, where transformers gathers what it norms. Plans are priced
-as if every message and matmul were a thousand times larger, as those of whole models are."""
+over a split dim is computed from a sum of one number a token, where transformers gathers what it norms. Plans are
+priced as if every message and matmul were a thousand times larger, as those of whole models are."""
 
 
 def print_table(rows: Mapping[str, Row]) -> None:
