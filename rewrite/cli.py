@@ -7,6 +7,7 @@ constraints; 2 wrong use or unreadable input; 3 internal error.
 from __future__ import annotations
 
 import errno
+import math
 import traceback
 from collections.abc import Callable
 from importlib.metadata import version
@@ -52,6 +53,17 @@ def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     ctx.obj["debug"] = ctx.obj.get("debug", False) or value
 
 
+class Finite(click.FloatRange):
+    """A number in a range; NaN compares as if it were in all of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, if it is one."""
+        number = super().convert(value, param, ctx)
+        if number is not None and not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
+
+
 debug = click.option(
     "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_debug, help="Show tracebacks of errors."
 )
@@ -90,7 +102,7 @@ def _pins(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
 @click.option("--context", type=click.IntRange(min=0), help="Tokens in the KV cache (decode).  [default: --seq]")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32", "fp64"]), default="bf16", show_default=True)
 @click.option("--hardware", default="h100-sxm", show_default=True, help="Name of a profile, or path of one.")
-@click.option("--memory-gb", type=click.FloatRange(min=0, min_open=True), help="Cap per rank, 1 GB = 1e9 bytes.")
+@click.option("--memory-gb", type=Finite(min=0, min_open=True), help="Cap per rank, 1 GB = 1e9 bytes.")
 @click.option(
     "--sequence-parallel", type=click.Choice(["off", "on", "auto"]), default="off", show_default=True,
     help="Split the sequence between matmuls.",
@@ -143,7 +155,7 @@ def show(**options: Any) -> None:
 )  # fmt: skip
 @click.option("--max-bytes", type=click.IntRange(min=0), help="Bytes of all collectives of one step, per rank.")
 @click.option("--direction", type=click.Choice(["forward", "backward"]), help="Count only these.  [default: both]")
-@click.option("--min-sharded", type=click.FloatRange(0, 1), help="Share of the weights' bytes that is split, 0 to 1.")
+@click.option("--min-sharded", type=Finite(0, 1), help="Share of the weights' bytes that is split, 0 to 1.")
 @click.option("--require-proven", is_flag=True, help="The plan must be proven optimal.")
 @as_json
 @debug
@@ -307,7 +319,7 @@ def coverage(**options: Any) -> None:
 @click.option("--phase", type=click.Choice(["prefill", "decode", "train"]), default="prefill", show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32", "fp64"]), default="bf16", show_default=True)
 @click.option("--sequence-parallel", type=click.Choice(["off", "on", "auto"]), default="off", show_default=True)
-@click.option("--memory-gb", type=click.FloatRange(min=0, min_open=True), help="Cap per rank, 1 GB = 1e9 bytes.")
+@click.option("--memory-gb", type=Finite(min=0, min_open=True), help="Cap per rank, 1 GB = 1e9 bytes.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Also draw the charts into this .png or .svg.")
 @as_json
 @debug

@@ -187,3 +187,15 @@ def test_a_plan_of_another_model(colrow, command):
 def test_a_rank_that_fails(colrow, source, code, words):
     line = message_form(colrow("run", f"{M}{source}", "--tp", 2, code=code))
     assert line.startswith("colrow: rank 1: ") and words in line
+
+
+@pytest.mark.parametrize("option", ["--memory-gb", "--min-sharded"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_none(option, value):
+    from click.testing import CliRunner
+
+    from colrow.rewrite.cli import main
+
+    command = ["plan", "somewhere"] if option == "--memory-gb" else ["check", __file__]
+    made = CliRunner().invoke(main, [*command, option, value])
+    assert made.exit_code == 2 and option in made.output
