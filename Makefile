@@ -5,6 +5,7 @@
 # make bench-links   predicted against measured steps on 2 gloo ranks, at full speed and (root) on slow links
 # make bench-costs   predicted against measured times: collectives, matmuls, published runs
 # make bench-memory  predicted against measured bytes of a rank: 4 models, 2 sizes, training and prefill
+# make bench-peers   transformers' own tensor parallelism beside colrow, on 2 gloo ranks: docs/PEER_PLANS.md (resumes)
 # make coverage  every model type of transformers, traced, planned and verified: docs/COVERAGE.md (hours; resumes)
 # Each makes .venv first, from constraints.txt. A PYTHON of your own: make test PYTHON=/path/to/python3.11
 
@@ -14,7 +15,7 @@ STAMP := .venv/.installed
 # One thread per process: the suite starts several ranks at a time, and CPU seconds are only comparable that way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test coverage bench bench-costs bench-links bench-memory fuzz clean
+.PHONY: demo test coverage bench bench-costs bench-links bench-memory bench-peers fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -36,6 +37,9 @@ bench-links: $(STAMP)
 
 bench-memory: $(STAMP)
 	$(BIN)/python tests/bench/memory.py
+
+bench-peers: $(STAMP)
+	$(BIN)/python tests/bench/peer_plans.py
 
 bench-costs: $(STAMP)
 	$(BIN)/python tests/bench/costs.py

@@ -50,7 +50,7 @@ def _mark(tensors: Sequence[Tensor], key: int, part: str, make: Make) -> list[Te
     tracer = mode.tracer
     nodes = [tracer.unwrap_proxy(tensor).node for tensor in tensors]
     node = tracer.graph.create_node("call_function", block_marker, (nodes, key, part), name="block")
-    proxy = torch.fx.Proxy(node, tracer)
+    proxy: Any = torch.fx.Proxy(node, tracer)
     with disable_proxy_modes_tracing():
         made = make()
     for position, tensor in enumerate(made):

@@ -31,8 +31,8 @@ from .graph import Graph
 from .known_values import KnownValues, unchecked_values, without_known
 from .library_caches import no_lengths_remembered
 from .lifting import graph_of
-from .returned_values import parts_of
 from .opaque import as_operators, findings_of, opaque_modules
+from .returned_values import parts_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 

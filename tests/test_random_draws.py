@@ -145,6 +145,7 @@ def test_llama_attention_dropout():
 
 def test_a_plan_made_in_evaluation_is_refused_in_training_where_split_heads_drop() -> None:
     """Without an edit of the dropout, all ranks would draw the same for different heads: nobody would see it."""
+
     def run(rate: float, trains: bool) -> bool:
         config = gpt2("sdpa").model.config
         config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = rate
