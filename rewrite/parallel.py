@@ -40,7 +40,7 @@ from .schedules import ChooseSchedule, Running, Stop
 from .split_outputs import GatherOutputs, changed_at
 from .storage import ParameterSpec, store
 from .undoing import all_or_nothing
-from .user_hooks import Boundary, guard_hooks, refuse_hooks
+from .user_hooks import Boundary, guard_calls, guard_hooks, refuse_hooks
 from .validation import meta_copy, validate, with_local_shapes
 
 
@@ -80,7 +80,7 @@ def parallelize(
         if draws_alike:
             model.register_forward_pre_hook(RefuseTraining())
         apart = plan.assumptions.get(CALLED_APART, "").split(", ")
-        install_regions(model, outermost(block_paths(model)), stored, group, running, edits, apart)
+        regions = install_regions(model, outermost(block_paths(model)), stored, group, running, edits, apart)
         checks = CheckForm(dense, plan, returned, group, running, forms)
         model.register_forward_pre_hook(checks, with_kwargs=True)
         model.register_forward_pre_hook(InputGradients(group, running, checks), with_kwargs=True)
@@ -89,6 +89,7 @@ def parallelize(
         model.register_forward_hook(ReturnedGradients(plan, group, running))
         if len(edits) > 1:
             model.register_forward_hook(Stop(running), always_call=True)
+        guard_calls(model, [region.module for region in regions], passed, running)
         guard_hooks(model, passed, group)
     _same_random_state(group)
     return model

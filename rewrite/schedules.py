@@ -25,6 +25,7 @@ class Running:
         index: Its position in the plan.
         otherwise: Of the schedule for calls that do not come through the model: it takes any shapes.
         form: What is known of the running forward in the form it was called in.
+        depth: Of forwards around blocks that are running, the model's own among them.
     """
 
     form: Form
@@ -32,6 +33,7 @@ class Running:
     def __init__(self, schedules: Sequence[Schedule]) -> None:
         self.otherwise = next(i for i, schedule in enumerate(schedules) if not schedule.lengths)
         self.index = self.otherwise
+        self.depth = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Running:
         """Copies of a model share its edited functions, which look here."""

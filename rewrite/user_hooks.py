@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -33,9 +33,11 @@ from colrow.planner.storing import Stored
 from .collectives import apply_move
 from .groups import TpGroup
 from .returned import refusing
+from .schedules import Running
 
 Passed = Literal["gradients", "slices", "sums"]
 _RANK: tuple[Passed, ...] = ("gradients", "slices", "sums")
+_WHAT = {"sums": "partial sums", "slices": "slices", "gradients": "whole values with partial gradients"}
 _DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = ("torch", "transformers", "colrow")
 
@@ -126,6 +128,53 @@ def guard_hooks(model: nn.Module, passed: Mapping[str, Boundary], group: TpGroup
             setattr(module, name, hooks)
 
 
+def guard_calls(
+    model: nn.Module, blocks: Iterable[nn.Module], passed: Mapping[str, Boundary], running: Running
+) -> None:
+    """Has blocks refuse calls that do not come from a module around them, where they pass what is not whole."""
+    read, modules = set(blocks), dict(model.named_modules())
+    guarded = {path for path, module in modules.items() if path and module in read and _worst(passed, path)}
+    around = {"", *(outer for path in guarded for outer in _around(path.rpartition(".")[0]))}
+    for path in sorted(guarded | around) if guarded else ():
+        entry = _Entry(path, _worst(passed, path), running, path in around)
+        modules[path].register_forward_pre_hook(entry.enter, prepend=True)
+        if path in around:
+            modules[path].register_forward_hook(entry.leave, always_call=True)
+
+
+def _worst(passed: Mapping[str, Boundary], path: str) -> Passed | None:
+    return passed[path].worst if path in passed else None
+
+
+class _Entry:
+    """Hooks of a module that may be called by itself."""
+
+    def __init__(self, path: str, passes: Passed | None, running: Running, is_around: bool) -> None:
+        self.path, self.passes, self.running, self.is_around = path, passes, running, is_around
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Lets a call pass that comes through the model, or in a backward that computes it again.
+
+        Raises:
+            UsageError: It comes from outside, and values or gradients would not be the dense model's.
+        """
+        del args
+        if self.passes and not self.running.depth and not torch.compiler.is_compiling():
+            silent = self.passes != "gradients" or torch.is_grad_enabled()
+            if silent and torch._C._current_graph_task_id() < 0:  # type: ignore[attr-defined]
+                raise UsageError(
+                    self.path,
+                    f"{type(module).__name__} was called by itself, and in this plan it passes {_WHAT[self.passes]}",
+                    remedy="Call the model, or plan with this module's own inputs.",
+                )
+        if self.is_around:
+            self.running.depth += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The forward is over, or broke off."""
+        self.running.depth = max(0, self.running.depth - 1)
+
+
 class _Hooks(OrderedDict[int, Callable[..., Any]]):
     """A module's hooks of one kind."""
 
@@ -155,12 +204,11 @@ def _allow(path: str, name: str, boundary: Boundary, hook: Callable[..., Any]) -
     passed = boundary.worst
     if passed is None or _is_own(hook):
         return
-    what = {"sums": "partial sums", "slices": "slices", "gradients": "whole values with partial gradients"}[passed]
     if passed == "sums" or (passed == "gradients" and name.startswith("_backward")):
         raise UsageError(
             path,
             "a hook here would see neither the dense model's values nor a part of them",
-            got=f"{what} pass here in this plan",
+            got=f"{_WHAT[passed]} pass here in this plan",
             need="a module that passes whole values",
             remedy="Hook a module that the reductions lie inside of, or plan with example inputs that return the "
             "value (output_hidden_states=True).",

@@ -131,3 +131,21 @@ def test_a_copy_is_guarded_too():
             read(model, [])
 
     run_ranks(on_rank, TP)
+
+
+def test_a_block_is_not_called_by_itself_where_it_passes_partial_sums():
+    dense, p = model_of("llama")
+
+    def direct():
+        model = parallelize(copy.deepcopy(dense), p)
+        hidden, whole = torch.zeros(2, 12, 64, dtype=torch.float64), model(**INPUTS).logits
+        with pytest.raises(UsageError, match=r"called by itself.*partial sums"):
+            model.model.layers[1](hidden)
+        with torch.no_grad():  # a base model passes whole values; and what broke off leaves no trace
+            base = model.model(**INPUTS).last_hidden_state
+            return model(**INPUTS).logits - whole, base
+
+    with torch.no_grad():
+        true = dense.model(**INPUTS).last_hidden_state
+    for again, base in run_ranks(direct, TP):
+        assert again.abs().max() == 0 and largest_error({"base": base}, {"base": true}) <= TOLERANCE
