@@ -89,7 +89,7 @@ def parallelize(
         model.register_forward_hook(ReturnedGradients(plan, group, running))
         if len(edits) > 1:
             model.register_forward_hook(Stop(running), always_call=True)
-        guard_calls(model, [region.module for region in regions], passed, running)
+        guard_calls(model, [region.module for region in regions], passed, running, checks.floats)
         guard_hooks(model, passed, group)
     _same_random_state(group)
     return model

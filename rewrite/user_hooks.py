@@ -12,9 +12,10 @@ returned (`forms`).
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -129,15 +130,21 @@ def guard_hooks(model: nn.Module, passed: Mapping[str, Boundary], group: TpGroup
 
 
 def guard_calls(
-    model: nn.Module, blocks: Iterable[nn.Module], passed: Mapping[str, Boundary], running: Running
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    passed: Mapping[str, Boundary],
+    running: Running,
+    floats: Container[str],
 ) -> None:
-    """Has blocks refuse calls that do not come from a module around them, where they pass what is not whole."""
+    """Has blocks, and modules around them, refuse calls that do not come through the model where they pass what is
+    not whole; modules around them also where given floating-point tensors that are not among ``floats``, the model's
+    planned inputs (embeddings skip an operator whose moves the plan relies on)."""
     read, modules = set(blocks), dict(model.named_modules())
     guarded = {path for path, module in modules.items() if path and module in read and _worst(passed, path)}
     around = {"", *(outer for path in guarded for outer in _around(path.rpartition(".")[0]))}
     for path in sorted(guarded | around) if guarded else ():
-        entry = _Entry(path, _worst(passed, path), running, path in around)
-        modules[path].register_forward_pre_hook(entry.enter, prepend=True)
+        entry = _Entry(path, _worst(passed, path), running, floats, path in around)
+        modules[path].register_forward_pre_hook(entry.enter, prepend=True, with_kwargs=True)
         if path in around:
             modules[path].register_forward_hook(entry.leave, always_call=True)
 
@@ -149,26 +156,40 @@ def _worst(passed: Mapping[str, Boundary], path: str) -> Passed | None:
 class _Entry:
     """Hooks of a module that may be called by itself."""
 
-    def __init__(self, path: str, passes: Passed | None, running: Running, is_around: bool) -> None:
-        self.path, self.passes, self.running, self.is_around = path, passes, running, is_around
+    def __init__(
+        self, path: str, passes: Passed | None, running: Running, floats: Container[str], is_around: bool
+    ) -> None:
+        self.path, self.passes, self.running, self.floats, self.is_around = path, passes, running, floats, is_around
 
-    def enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lets a call pass that comes through the model, or in a backward that computes it again.
 
         Raises:
             UsageError: It comes from outside, and values or gradients would not be the dense model's.
         """
-        del args
-        if self.passes and not self.running.depth and not torch.compiler.is_compiling():
-            silent = self.passes != "gradients" or torch.is_grad_enabled()
-            if silent and torch._C._current_graph_task_id() < 0:  # type: ignore[attr-defined]
-                raise UsageError(
-                    self.path,
-                    f"{type(module).__name__} was called by itself, and in this plan it passes {_WHAT[self.passes]}",
-                    remedy="Call the model, or plan with this module's own inputs.",
-                )
+        if self.path and not self.running.depth and not torch.compiler.is_compiling():
+            computes_again = torch._C._current_graph_task_id() >= 0  # a backward is running
+            if not computes_again:
+                self._refuse(module, args, kwargs)
         if self.is_around:
             self.running.depth += 1
+
+    def _refuse(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wrong = ""
+        if self.passes and (self.passes != "gradients" or torch.is_grad_enabled()):
+            wrong = f"in this plan it passes {_WHAT[self.passes]}"
+        elif self.is_around:
+            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+            named = {**given, **given.get("kwargs", {})}
+            floating = [name for name, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()]
+            unplanned = [name for name in floating if name not in self.floats]
+            wrong = f"its input {unplanned[0]} was not planned" if unplanned else ""
+        if wrong:
+            raise UsageError(
+                self.path,
+                f"{type(module).__name__} was called by itself, and {wrong}",
+                remedy="Call the model, or plan with this module's own inputs.",
+            )
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """The forward is over, or broke off."""

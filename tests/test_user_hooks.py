@@ -142,6 +142,8 @@ def test_a_block_is_not_called_by_itself_where_it_passes_partial_sums():
         with pytest.raises(UsageError, match=r"called by itself.*partial sums"):
             model.model.layers[1](hidden)
         with torch.no_grad():  # a base model passes whole values; and what broke off leaves no trace
+            with pytest.raises(UsageError, match=r"called by itself, and its input inputs_embeds was not planned"):
+                model.model(inputs_embeds=hidden)
             base = model.model(**INPUTS).last_hidden_state
             return model(**INPUTS).logits - whole, base
 
