@@ -14,10 +14,12 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.overrides
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -98,7 +100,7 @@ class CheckForm:
             return
         key = self.key(args, kwargs, module.training)
         if key not in forms:
-            with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.inference_mode(False):
+            with _no_modes(), torch.autocast("cpu", enabled=False), torch.inference_mode(False):
                 device = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
                 all_reduce(torch.zeros(1, device=device), self.group)  # all ranks are here, and none runs on meanwhile
                 forms[key] = self._found(key, args, kwargs, module.training)
@@ -227,6 +229,15 @@ class CheckForm:
         yield {
             name: _mapped(lambda v: v.detach() if isinstance(v, Tensor) else v, value) for name, value in kept.items()
         }
+
+
+@contextmanager
+def _no_modes() -> Iterator[None]:
+    """The caller's dispatch and function modes do not see a trace."""
+    with _disable_current_modes(), ExitStack() as stack:
+        for _ in range(torch._C._len_torch_function_stack()):
+            stack.enter_context(torch.overrides._pop_mode_temporarily())
+        yield
 
 
 _tracing = threading.Lock()

@@ -13,6 +13,7 @@ RIGHT = {"status": "right"}
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[ModuleType]:
+    pytest.importorskip("accelerate")  # transformers' tensor parallelism asks for it
     sys.path.insert(0, BENCH)
     try:
         import peer_rows

@@ -242,6 +242,6 @@ def test_counting_by_the_dispatcher_sees_a_reduction_removed_by_hand() -> None:
     _, less = without(sites(lambda e: e.result and e.result.forward == "all_reduce")[1])
     with pytest.raises(RankError, match="the plan is not exact for this model"):
         executed(model, with_edits(made, calls=less))
-    with patch.object(parallel, "validate", lambda *_: (frozenset(trace(model, IDS).output_paths),)):
+    with patch.object(parallel, "validate", lambda *_: ((frozenset(trace(model, IDS).output_paths),), {})):
         assert wanted - executed(model, with_edits(made, calls=less)) == {("all_reduce", "forward"): 1}
     assert torch.isfinite(model(**IDS)).all()
