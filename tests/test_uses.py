@@ -196,9 +196,10 @@ def test_adapters_after_the_rewrite_are_refused():
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj)  # brings no parameters
         logits = model(**INPUTS).logits
         layer.mlp.down_proj = Adapter(layer.mlp.down_proj)
-        for call in (lambda: model(**INPUTS), lambda: model.forward(**INPUTS)):
-            with pytest.raises(UsageError, match="mlp.down_proj.scale: this parameter was added after the rewrite"):
-                call()
+        added = "mlp.down_proj.scale: this parameter was added after the rewrite"
+        for call, why in ((model, added), (model.forward, "called by itself")):
+            with pytest.raises(UsageError, match=why):
+                call(**INPUTS)
         layer.mlp.down_proj = layer.mlp.down_proj.base
         assert torch.equal(model(**INPUTS).logits, logits)
 
