@@ -142,34 +142,26 @@ def plan_graphs(
 ) -> Plan:
     """Plans the traces of several workloads over one layout; see `plan`."""
     cap = room = int((memory_gb if memory_gb is not None else hardware.memory_gb) * 1e9)
+
+    def made_within(room: int) -> Plan:
+        solved, settled = solve_jointly(traced, tp, hardware, options, room)
+        parameters = {edit.fqn: edit for edit in solved[0].lowered.parameters}
+        schedules: list[Schedule] = []
+        for (workload, graph), found in zip(traced, solved, strict=True):
+            lengths = required_lengths(graph, found.lowered.stored, workload)
+            schedules.append(schedule_of(workload, found, lengths))
+            if lengths:
+                whole = dataclasses.replace(settled, sequence_parallel=False, fixed_parameters=parameters)
+                (stand_in,), _ = solve_jointly([(workload, graph)], tp, hardware, whole, None)
+                schedules.append(schedule_of(workload, stand_in, stands_in=True))
+        return plan_of(solved, schedules, name, hardware, settled, memory_gb)
+
     while True:
-        made = _plan_within(traced, name, tp, hardware, options, memory_gb, room)
+        made = made_within(room)
         over = sum(made.memory_bytes.values()) - cap
         if over <= 0:
             return made
         room -= over  # more is alive at once, or in buffers, than was set aside before placements were known
-
-
-def _plan_within(
-    traced: Sequence[tuple[Workload, Graph]],
-    name: str,
-    tp: int,
-    hardware: Hardware,
-    options: Options,
-    memory_gb: float | None,
-    cap: int,
-) -> Plan:
-    solved, options = solve_jointly(traced, tp, hardware, options, cap)
-    parameters = {edit.fqn: edit for edit in solved[0].lowered.parameters}
-    schedules: list[Schedule] = []
-    for (workload, graph), found in zip(traced, solved, strict=True):
-        lengths = required_lengths(graph, found.lowered.stored, workload)
-        schedules.append(schedule_of(workload, found, lengths))
-        if lengths:
-            whole = dataclasses.replace(options, sequence_parallel=False, fixed_parameters=parameters)
-            (stand_in,), _ = solve_jointly([(workload, graph)], tp, hardware, whole, None)
-            schedules.append(schedule_of(workload, stand_in, stands_in=True))
-    return plan_of(solved, schedules, name, hardware, options, memory_gb)
 
 
 def schedule_of(

@@ -1,6 +1,10 @@
 """The models that issue 2 names, small, with what each block may reduce; and our own."""
 
+from functools import cache
+
 from colrow.planner.configurations import default_config
+from colrow.planner.planning import plan
+from colrow.planner.random_weights import randomize
 from colrow.planner.sources import Source, load_source, source_from_config
 
 BATCH, SEQ = 2, 12
@@ -71,3 +75,11 @@ def awkward_source(fields: dict[str, object]) -> Source:
         "max_position_embeddings": 64,
     }
     return source_from_config(LlamaConfig(**usual | fields), phase="train", batch=BATCH, seq=SEQ, dtype="fp64")
+
+
+@cache
+def planned_twin(name):
+    """A model in float64 with random weights, and its plan for training on 2 ranks."""
+    source = source_of(name)
+    dense = randomize(source.build().double()).eval()
+    return dense, plan(source.model, source.example_inputs, tp=2, phase="train")

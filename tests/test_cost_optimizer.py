@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_models import IDS, Decoder
-from torch import Tensor, nn
+from plain_models import IDS, Decoder, Wide
 
 from colrow.cost_models.compute import optimizer_step_s
 from colrow.cost_models.hardware import load_hardware
@@ -53,20 +52,6 @@ def test_it_is_saved_and_re_priced_alike(tmp_path: Path) -> None:
     assert replan(Decoder(2), None, loaded).cost == made.cost
     plan(Decoder(2), IDS, tp=2).save(tmp_path / "prefill.json")
     assert "optimizer_s" not in (tmp_path / "prefill.json").read_text()  # as files were before there was such a part
-
-
-class Wide(nn.Module):
-    """Two layers of 4 MB each, in float32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            self.layers = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        return x
 
 
 def test_a_split_pays_for_itself_in_the_optimisers_step() -> None:

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from plain_models import HIDDEN
-from right_models import source_of
+from right_models import planned_twin
 from torch import nn
 
 from colrow.cost_models.errors import ValidationError
@@ -21,13 +21,6 @@ from colrow.rewrite.ranks import run_ranks
 from colrow.rewrite.storage import as_dense, specs_of
 
 TP, TOLERANCE = 2, 1e-5
-
-
-@cache
-def hugging_face(name):
-    source = source_of(name)
-    dense = randomize(source.build().double()).eval()
-    return dense, plan(source.model, source.example_inputs, tp=TP, phase="train")
 
 
 def largest_error(dense, p, call, calls=1):
@@ -63,7 +56,7 @@ def embedded(hidden):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
 def test_embeddings_in_place_of_tokens(name):
     """The embedding's partial sums are added to others before they are reduced; what is whole must not be."""
-    dense, p = hugging_face(name)
+    dense, p = planned_twin(name)
     call = embedded(dense.get_input_embeddings().weight.shape[1])
     try:
         error = largest_error(dense, p, call)
@@ -74,7 +67,7 @@ def test_embeddings_in_place_of_tokens(name):
 
 
 def test_embeddings_that_were_planned():
-    dense, _ = hugging_face("llama")
+    dense, _ = planned_twin("llama")
     hidden = dense.config.hidden_size
     inputs = {"inputs_embeds": torch.randn(2, 12, hidden, dtype=torch.float64)}
     p = plan(copy.deepcopy(dense).to("meta"), inputs, tp=TP, phase="train")
@@ -83,7 +76,7 @@ def test_embeddings_that_were_planned():
 
 def test_encoded_before():
     """T5's decoder on a given encoder output: the encoder does not run, and all of the rest is as planned."""
-    dense, p = hugging_face("t5")
+    dense, p = planned_twin("t5")
     from transformers.modeling_outputs import BaseModelOutput
 
     def call(model):

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 
 import pytest
 import torch
-from right_models import BATCH, SEQ, source_of
+from right_models import BATCH, SEQ, planned_twin
 
-from colrow.planner.planning import plan
-from colrow.planner.random_weights import randomize
 from colrow.rewrite.comparison import error_of
 from colrow.rewrite.parallel import parallelize
 from colrow.rewrite.ranks import run_ranks
 
 TP, TOLERANCE = 2, 1e-5
-
-
-@cache
-def planned(name):
-    source = source_of(name)
-    dense = randomize(source.build().double()).eval()
-    return dense, plan(source.model, source.example_inputs, tp=TP, phase="train")
 
 
 def ids(batch, length):
@@ -53,7 +43,7 @@ CALLS = [
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert", "opt"])
 def test_batches_lengths_and_padding(name):
-    dense, p = planned(name)
+    dense, p = planned_twin(name)
 
     def on_rank():
         model = parallelize(copy.deepcopy(dense), p)

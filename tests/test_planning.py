@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from plain_models import HIDDEN, IDS, Decoder
+from plain_models import HIDDEN, IDS, Decoder, Wide
 from torch import Tensor, nn
 
 from colrow.cost_models.errors import ColrowError, LayoutError, MemoryCapError, UsageError
@@ -98,20 +98,6 @@ def test_cost_adds_up_and_is_proven() -> None:
     assert sum(c.ps for c in made.collectives) * 1e-12 == pytest.approx(
         made.cost.forward_comm_s + made.cost.backward_comm_s
     )
-
-
-class Wide(nn.Module):
-    """Mostly weights: two layers of 4 MB each, in float32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.device("meta"):
-            self.layers = nn.ModuleList(nn.Linear(1024, 1024, bias=False) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        return x
 
 
 WIDE = {"x": torch.zeros(2, 1024)}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from functools import cache
 
 import pytest
 import torch
-from right_models import source_of
+from right_models import planned_twin
 from test_uses import largest_error
 
 from colrow.cost_models.errors import ColrowError, UsageError
-from colrow.planner.planning import plan
-from colrow.planner.random_weights import randomize
 from colrow.rewrite.counting import fixed_loss
 from colrow.rewrite.parallel import parallelize
 from colrow.rewrite.ranks import run_ranks
@@ -21,12 +18,6 @@ from colrow.rewrite.storage import as_dense, specs_of
 
 TP, TOLERANCE = 2, 1e-5
 INPUTS = {"input_ids": torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))}
-
-
-@cache
-def model_of(name):
-    source = source_of(name)
-    return randomize(source.build().double()).eval(), plan(source.model, source.example_inputs, tp=TP, phase="train")
 
 
 def blocks_of(model):
@@ -69,7 +60,7 @@ def run(model, register):
 @pytest.mark.parametrize(("name", "register"), [("gpt2", read), ("gpt_neox", read), ("gpt2", steered), ("gpt2", back)])
 def test_right(name, register):
     """GPT-2's blocks pass whole values; so do GPT-NeoX's, whose gradients are partial sums."""
-    dense, p = model_of(name)
+    dense, p = planned_twin(name)
     true = run(copy.deepcopy(dense), register)
     for found in run_ranks(lambda: run(parallelize(copy.deepcopy(dense), p), register), TP):
         assert largest_error(found, true) <= TOLERANCE
@@ -78,7 +69,7 @@ def test_right(name, register):
 @pytest.mark.parametrize("register", [read, steered, back])
 def test_refused_on_partial_sums(register):
     """In float64 a Llama's norms reduce what they have rounded to half the bytes: its blocks pass partial sums."""
-    dense, p = model_of("llama")
+    dense, p = planned_twin("llama")
     hooked = copy.deepcopy(dense)
     register(hooked, [])
 
@@ -96,7 +87,7 @@ def test_refused_on_partial_sums(register):
 
 @pytest.mark.parametrize("register", [steered, back])
 def test_refused_on_partial_gradients(register):
-    dense, p = model_of("gpt_neox")
+    dense, p = planned_twin("gpt_neox")
 
     def on_rank():
         model = parallelize(copy.deepcopy(dense), p)
@@ -108,7 +99,7 @@ def test_refused_on_partial_gradients(register):
 
 
 def test_what_sees_slices_says_so():
-    dense, p = model_of("gpt2")
+    dense, p = planned_twin("gpt2")
 
     def on_rank():
         model = parallelize(copy.deepcopy(dense), p)
@@ -123,7 +114,7 @@ def test_what_sees_slices_says_so():
 
 
 def test_a_copy_is_guarded_too():
-    dense, p = model_of("llama")
+    dense, p = planned_twin("llama")
 
     def on_rank():
         model = copy.deepcopy(parallelize(copy.deepcopy(dense), p))
@@ -134,7 +125,7 @@ def test_a_copy_is_guarded_too():
 
 
 def test_a_block_is_not_called_by_itself_where_it_passes_partial_sums():
-    dense, p = model_of("llama")
+    dense, p = planned_twin("llama")
 
     def direct():
         model = parallelize(copy.deepcopy(dense), p)
