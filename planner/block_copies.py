@@ -11,6 +11,7 @@ from typing import Any
 
 from .call_record import Measured
 from .graph import LEAVES, Call, Graph, Node, Ref, mapped, references
+from .head_groups import FUSED
 from .sites import Site
 
 
@@ -39,9 +40,9 @@ class Template:
 
 def template_of(graph: Graph, fqn: str, start: int, entries: list[int], exits: list[int]) -> Template:
     """The template whose nodes are those of ``graph`` from ``start`` on."""
-    own = graph.nodes[start:]
+    own = [node for node in graph.nodes[start:] if node.op != FUSED]
     nodes = [node for node in own if node.op not in LEAVES]
-    calls = dict.fromkeys(node.call for node in nodes if node.call >= 0)
+    calls = dict.fromkeys(call for node in nodes for call in (node.inner_call, node.call) if call >= 0)
     outer = dict.fromkeys(i for node in own for i in node.operands if i < start)
     outer |= dict.fromkeys(node.index for node in own if node.op in LEAVES)
     outer |= dict.fromkeys(i for call in calls for i in _values(graph.calls[call].leaves) if i < start)
@@ -109,7 +110,8 @@ def append_copy(
         else:
             arguments, keywords = mapped(node.arguments, moved), mapped(node.keywords, moved)
         operands = tuple([refs[i].index for i in node.operands])
-        nodes.append(node.copied(len(nodes), arguments, keywords, operands, calls[node.call], renamed(node.module)))
+        both = calls[node.call], calls[node.inner_call]
+        nodes.append(node.copied(len(nodes), arguments, keywords, operands, both, renamed(node.module)))
     graph.whole.update(refs[index].index for index in template.whole)
     return [refs[index] for index in template.exits]
 

@@ -17,6 +17,25 @@ def block_paths(model: nn.Module) -> list[str]:
     ]
 
 
+class OuterBlocks(dict[str, str]):
+    """Path of a module or parameter -> path of the outermost block that contains it, "" if none does; filled as asked.
+
+    Attributes:
+        paths: Blocks that lie in no other, in order.
+    """
+
+    def __init__(self, blocks: Iterable[str]) -> None:
+        super().__init__()
+        self.paths = outermost(blocks)
+        self._known = frozenset(self.paths)
+
+    def __missing__(self, path: str) -> str:
+        parts = path.split(".")
+        around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        found = self[path] = next((block for block in around if block in self._known), "")
+        return found
+
+
 def outermost(paths: Iterable[str]) -> list[str]:
     """Those that lie in no other of them."""
     listed = list(paths)

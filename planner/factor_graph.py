@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,7 @@ Table = npt.NDArray[np.int64]
 INFEASIBLE: int = 1 << 60
 
 
-@dataclass(frozen=True, eq=False)
-class Factor:
+class Factor(NamedTuple):
     """One summand of the objective.
 
     Attributes:
@@ -110,8 +110,7 @@ def _total(factors: Sequence[Factor], assignment: Sequence[int]) -> int:
     return sum(factor.table.item(*[assignment[v] for v in factor.variables]) for factor in factors)
 
 
-@dataclass(frozen=True, eq=False)
-class Interned:
+class Interned(NamedTuple):
     """A factor whose table is shifted to minimum zero and clipped; equal tables share one object and one ``key``."""
 
     variables: tuple[int, ...]
@@ -160,8 +159,7 @@ def validate(problem: Problem) -> None:
         total = 0
         used = {v for factor in factors for v in factor.variables}
         in_range = not used or 0 <= min(used) <= max(used) < number
-        for index, factor in enumerate(factors):
-            scope, table = factor.variables, factor.table
+        for index, (scope, table) in enumerate(factors):
             if len(set(scope)) != len(scope) or (not in_range and scope and not 0 <= min(scope) <= max(scope) < number):
                 raise ValueError(f"{kind} {index}: variables {scope} are not distinct indices below {number}")
             if table.shape != tuple([problem.sizes[v] for v in scope]):

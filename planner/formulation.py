@@ -26,13 +26,13 @@ from .bytes_per_rank import is_trained, optimizer_ps
 from .candidates import Candidates, candidates
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
 from .graph import Graph, Node, Ref
+from .head_groups import FUSED
 from .parameter_domains import ParameterChoice, ParameterDomains
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from .pricing import Cost, Pricing
 from .returned_values import output_price
-from .roles import BlockOf, Weight, canonical, crossing, hidden_bytes, outer_blocks, weights
+from .roles import Weight, canonical, crossing, hidden_bytes, weights
 from .site_settings import Options, Settings
-from .sites import Site
 from .storing import Domain, Setting, Stored
 from .strategies import Choices, fixed_slices, is_leaf, reads, slice_options, tabulate
 
@@ -114,7 +114,7 @@ class _Builder:
         self.same = canonical(graph)
         self.weights = weights(graph)
         self.found: Candidates = candidates(graph, pricing.ranks)
-        self.block_of = BlockOf(graph)
+        self.block_of = graph.block_of()
         self.memo: dict[object, Choices] = {}
         self.tables: dict[object, tuple[Setting, list[list[Shard]], Choices, bool]] = {}
         self.parameter_tables: dict[object, tuple[Table | None, Table | None]] = {}
@@ -359,21 +359,14 @@ class _Builder:
         return factors
 
     def _groups(self) -> tuple[tuple[int, ...], ...]:
-        graph, paths = self.graph, set(outer_blocks(self.graph))
-        members: dict[str, list[int]] = {path: [] for path in paths}
-        outside: set[int] = set()
-        for node in graph.nodes:
-            block = self.block_of(node.fqn or node.module)
-            for operand in node.operands:
-                value = graph.nodes[operand]
-                if self.block_of(value.fqn or value.module) != block:
-                    outside.add(self.out.variable[operand])
-        for index in graph.outputs:
-            outside.add(self.out.variable[index])
-        for node in graph.nodes:
-            block = self.block_of(node.fqn or node.module)
-            if block and self.out.variable[node.index] not in outside:
-                members[block].append(self.out.variable[node.index])
+        graph, variable, block_of = self.graph, self.out.variable, self.block_of
+        blocks = [block_of(node.fqn or node.module) for node in graph.nodes]
+        read_outside = {i for node in graph.nodes for i in node.operands if blocks[i] != blocks[node.index]}
+        outside = {variable[index] for index in read_outside.union(graph.outputs)}
+        members: dict[str, list[int]] = {path: [] for path in graph.outer_blocks().paths}
+        for node, block in zip(graph.nodes, blocks, strict=True):
+            if block and node.op != FUSED and variable[node.index] not in outside:
+                members[block].append(variable[node.index])
         for block, flag in self.out.flags.items():
             if block:
                 members[block].append(flag)
@@ -412,18 +405,10 @@ def _alike(a: Stored, b: Stored) -> bool:
 
 def _shared_sites(graph: Graph) -> list[list[int]]:
     """Groups of nodes that one call expression made in several calls."""
-    calls: dict[Site, list[int]] = {}
-    for index, call in enumerate(graph.calls):
-        calls.setdefault(call.site, []).append(index)
-    nodes: dict[int, list[int]] = {}
-    for node in graph.nodes:
-        nodes.setdefault(node.call, []).append(node.index)
-    groups = []
-    for same in calls.values():
-        made = [nodes[c][-1] for c in same if c in nodes]
-        if len(made) > 1:
-            groups.append(made)
-    return groups
+    last = {node.call: node.index for node in graph.nodes}
+    several = (calls for calls in graph.calls_of().values() if len(calls) > 1)
+    groups = ([last[call] for call in calls if call in last] for calls in several)
+    return [group for group in groups if len(group) > 1]
 
 
 def _relative(tree: object, at: dict[int, int]) -> object:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .blocks import OuterBlocks
 from .sites import Site
 
 LEAVES = frozenset({"parameter", "buffer", "input", "constant", "fused"})
@@ -99,10 +100,11 @@ class Node:
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
         operands: tuple[int, ...],
-        call: int,
+        calls: tuple[int, int],
         module: str,
     ) -> Node:
-        """This operator in another copy of its block: all else is equal, so that nothing is derived again."""
+        """This operator in another copy of its block, with its own ``call`` and ``inner_call``: all else is equal, so
+        that nothing is derived again."""
         copy = object.__new__(Node)
         copy.__dict__.update(
             self.__dict__,
@@ -110,7 +112,8 @@ class Node:
             arguments=arguments,
             keywords=keywords,
             operands=operands,
-            call=call,
+            call=calls[0],
+            inner_call=calls[1],
             module=module,
         )
         return copy
@@ -165,7 +168,8 @@ class Graph:
     findings: list[str] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)
     _readers: list[list[int]] = field(default_factory=list, repr=False, compare=False)
-    _outermost: tuple[int, dict[str, str]] = field(default=(-1, {}), repr=False, compare=False)
+    _sites: tuple[int, dict[Site, list[int]]] = field(default=(-1, {}), repr=False, compare=False)
+    _outer: tuple[int, OuterBlocks] = field(default=(-1, OuterBlocks(())), repr=False, compare=False)
 
     def users(self) -> list[list[int]]:
         """For each node, the nodes that read it; remembered while no node is added."""
@@ -177,11 +181,24 @@ class Graph:
             self._readers = readers
         return self._readers
 
-    def outermost(self) -> dict[str, str]:
-        """Module paths -> their outermost blocks, as far as `roles.BlockOf` has looked; empty when a block is added."""
-        if self._outermost[0] != len(self.blocks):
-            self._outermost = len(self.blocks), {}
-        return self._outermost[1]
+    def outer_blocks(self) -> OuterBlocks:
+        """Paths -> their outermost blocks; remembered while no block is added."""
+        if self._outer[0] != len(self.blocks):
+            self._outer = len(self.blocks), OuterBlocks(block.fqn for block in self.blocks)
+        return self._outer[1]
+
+    def block_of(self) -> Callable[[str], str]:
+        """Finds the outermost block that contains a module's or parameter's path; "" if none does."""
+        return self.outer_blocks().__getitem__
+
+    def calls_of(self) -> dict[Site, list[int]]:
+        """Site -> its calls; remembered while no call is added."""
+        if self._sites[0] != len(self.calls):
+            found: dict[Site, list[int]] = {}
+            for index, call in enumerate(self.calls):
+                found.setdefault(call.site, []).append(index)
+            self._sites = len(self.calls), found
+        return self._sites[1]
 
     def forget_users(self) -> None:
         """After nodes were changed in place."""

@@ -8,6 +8,7 @@ ranks share copies.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from .call_record import Measured
@@ -20,18 +21,25 @@ from .rules.base import Operation, Result, rule
 FUSED = "fused"
 
 
-def fuse_repeats(graph: Graph) -> None:
+def fuse_repeats(graph: Graph, start: int, read_later: Collection[int]) -> None:
     """Rewrites every repeat of heads in ``graph`` as one node at the place of its reshape; the others read nothing
-    any more."""
+    any more.
+
+    Args:
+        graph: Changed in place.
+        start: Where to begin: of a block that copies will be made of, its own nodes suffice.
+        read_later: Values that have other readers than the graph's nodes.
+    """
+    repeats = [node for node in graph.nodes[start:] if node.op in ("reshape", "view") and _is_expand(graph, node)]
+    if not repeats:
+        return
     users = graph.users()
-    for node in graph.nodes:
-        if node.op not in ("reshape", "view") or not node.operands:
-            continue
+    for node in repeats:
         expand = graph.nodes[node.operands[0]]
-        if expand.op != "expand" or users[expand.index] != [node.index]:
-            continue
         insert = graph.nodes[expand.operands[0]]
-        if insert.op != "unsqueeze" or users[insert.index] != [expand.index]:
+        if insert.op != "unsqueeze" or users[expand.index] != [node.index] or users[insert.index] != [expand.index]:
+            continue
+        if expand.index in read_later or insert.index in read_later:
             continue
         source = graph.nodes[insert.operands[0]]
         at = next((d for d in range(1, len(expand.shape)) if insert.shape[d] == 1 and expand.shape[d] > 1), None)
@@ -54,6 +62,10 @@ def fuse_repeats(graph: Graph) -> None:
         for dead in (expand, insert):
             graph.nodes[dead.index] = replace(dead, op=FUSED, arguments=(), keywords={}, differentiable=False, call=-1)
     graph.forget_users()
+
+
+def _is_expand(graph: Graph, reshape: Node) -> bool:
+    return bool(reshape.operands) and graph.nodes[reshape.operands[0]].op == "expand"
 
 
 @rule("repeat_heads")

@@ -95,7 +95,7 @@ class _Lifting:
                 self.graph.outputs = [cast(Ref, self.value[leaf]).index for leaf in returned]
             self.done.add(node)
         self._unread_parameters()
-        fuse_repeats(self.graph)
+        fuse_repeats(self.graph, 0, self.graph.outputs)
         _no_gradient_without_readers(self.graph)
         _record_blocks(self.graph, self.block_starts)
         if self.apart:
@@ -307,7 +307,9 @@ class _Lifting:
             self.open_blocks[call.fqn] = (len(self.graph.nodes), indices)
             self.read_inside[call.fqn] = self._read_of(node, len(refs))
         elif part == "exit":
-            self.templates[call.fqn] = template_of(self.graph, call.fqn, *self.open_blocks.pop(call.fqn), indices)
+            start, entries = self.open_blocks.pop(call.fqn)
+            fuse_repeats(self.graph, start, indices)
+            self.templates[call.fqn] = template_of(self.graph, call.fqn, start, entries, indices)
         else:
             for entry, dims in zip(refs, self.read_inside[call.template], strict=True):
                 self._measure(entry, dims)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +17,7 @@ from .moves import COMMUNICATES, Move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
 from .pricing import Cost
 from .returned_values import returned_part
-from .roles import BlockOf, canonical
+from .roles import canonical
 from .rules.pointwise import JOINT
 from .sites import Site
 from .storing import Stored
@@ -99,15 +100,17 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
     made: dict[object, Choice] = {}
     shared: dict[object, SharedEdit] = {}
     edits: dict[Site, list[tuple[int, CallEdit]]] = {}
+    measuring = {n.template for n in graph.nodes if n.template == n.index and _measured_in(graph, n)}
     for node in graph.nodes:
         if is_leaf(node):
             continue
-        choice = _choice(formulation, node, out.stored, made)
+        operands = reads(node)
+        choice = _choice(formulation, node, operands, out.stored, made)
         out.choices[node.index] = choice
-        for index, conversion in zip(reads(node), choice.operands, strict=True):
+        for index, conversion in zip(operands, choice.operands, strict=True):
             if conversion.move is not None and graph.nodes[index].op == "parameter":
                 lifted.add(index)
-        edit = _shared_edit(formulation, out, node, choice, shared)
+        edit = _shared_edit(formulation, out, node, choice, measuring, shared)
         if edit is not None and node.call >= 0:
             edits.setdefault(graph.calls[node.call].site, []).append((node.call, edit))
         if node.op == "repeat_heads":
@@ -140,32 +143,47 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
     return out
 
 
-def _choice(formulation: Formulation, node: Node, stored: list[Stored], made: dict[object, Choice]) -> Choice:
+def _choice(
+    formulation: Formulation, node: Node, reads: tuple[int, ...], stored: list[Stored], made: dict[object, Choice]
+) -> Choice:
     """The node's choice; copies of one operator with equal placements share it."""
     setting, result = formulation.settings[node.index], stored[node.index]
-    operands = [stored[i] for i in reads(node)]
-    key = (node.template, *map(id, operands), id(result), id(setting))
-    if key not in made:
+    operands = [stored[i] for i in reads]
+    key = (node.template, id(result), id(setting), *map(id, operands))
+    found = made.get(key)
+    if found is None:
         pricing, slices = formulation.pricing, formulation.slices[node.index]
-        made[key] = best_choice(formulation.graph, node, operands, result, setting, pricing, slices)
-    return made[key]
+        found = best_choice(formulation.graph, node, operands, result, setting, pricing, slices)
+        made[key] = found
+    return found
+
+
+def _measured_in(graph: Graph, node: Node) -> list[Ref]:
+    """The values whose lengths the node's call was given."""
+    leaves = graph.calls[node.call].leaves if node.call >= 0 else ()
+    found = [origin for leaf in leaves if type(leaf) is Measured for origin in leaf.origins()]
+    return [origin for origin in found if isinstance(origin, Ref)]
 
 
 SharedEdit = tuple[CallEdit | None, tuple[int, ...]]
 
 
 def _shared_edit(
-    formulation: Formulation, out: Lowered, node: Node, choice: Choice, shared: dict[object, SharedEdit]
+    formulation: Formulation,
+    out: Lowered,
+    node: Node,
+    choice: Choice,
+    measuring: set[int],
+    shared: dict[object, SharedEdit],
 ) -> CallEdit | None:
     """The node's edit; copies of one operator with one choice share it, if they measure lengths of values stored
-    alike."""
-    leaves = formulation.graph.calls[node.call].leaves if node.call >= 0 else ()
-    measured = [origin for leaf in leaves if type(leaf) is Measured for origin in leaf.origins()]
-    origins = [origin.index for origin in measured if isinstance(origin, Ref)]
-    key = (node.template, id(choice), *[id(out.stored[index]) for index in origins])
-    if key not in shared:
-        shared[key] = _edit(formulation, out, node, choice), out.own.get(node.index, ())
-    edit, reductions = shared[key]
+    alike. ``measuring``: the templates that measure any."""
+    origins = _measured_in(formulation.graph, node) if node.template in measuring else ()
+    key = (node.template, id(choice), *[id(out.stored[origin.index]) for origin in origins])
+    found = shared.get(key)
+    if found is None:
+        found = shared[key] = _edit(formulation, out, node, choice), out.own.get(node.index, ())
+    edit, reductions = found
     if reductions:
         out.own[node.index] = reductions
     return edit
@@ -212,10 +230,7 @@ def _edit_repeat(
 
 def _merged_calls(formulation: Formulation, edits: dict[Site, list[tuple[int, CallEdit]]]) -> dict[Site, CallEdit]:
     """One edit per site; every call of a site must want the same."""
-    graph = formulation.graph
-    calls_of: dict[Site, set[int]] = {}
-    for index, made in enumerate(graph.calls):
-        calls_of.setdefault(made.site, set()).add(index)
+    calls_of = formulation.graph.calls_of()
     conflicts: set[object] = set()
     calls: dict[Site, CallEdit] = {}
     for site, found in edits.items():
@@ -226,7 +241,7 @@ def _merged_calls(formulation: Formulation, edits: dict[Site, list[tuple[int, Ca
             merged_edits = {merged(parts) for parts in per_call.values()}
         except ValueError:
             merged_edits = set()
-        if len(merged_edits) != 1 or set(per_call) != calls_of[site]:
+        if len(merged_edits) != 1 or set(per_call) != set(calls_of[site]):
             conflicts.add((site.module, site.frames))
         else:
             calls[site] = merged_edits.pop()
@@ -247,7 +262,7 @@ def _parameter(node: Node, stored: Stored) -> ParameterEdit:
 
 def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[Collective]:
     graph, pricing = formulation.graph, formulation.pricing
-    block_of = BlockOf(graph)
+    block_of = graph.block_of()
     users = graph.users()
     hidden = formulation.hidden
     in_blocks = [n.index for n in graph.nodes if not is_leaf(n) and block_of(n.module)]
@@ -315,7 +330,9 @@ def _moved_bytes(node: Node, step: Move) -> int:
     return node.nbytes if layout is None else node.nbytes * layout.local * layout.ranks // layout.size
 
 
-def _parameter_gradients(formulation: Formulation, out: Lowered, workload: str, block_of: BlockOf) -> list[Collective]:
+def _parameter_gradients(
+    formulation: Formulation, out: Lowered, workload: str, block_of: Callable[[str], str]
+) -> list[Collective]:
     """One reduction per block and dtype of the gradients that are partial."""
     buckets: dict[tuple[str, object], int] = {}
     for node in formulation.graph.nodes:

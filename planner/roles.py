@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from .blocks import outermost
 from .graph import LEAVES, VIEWS, Graph, Node, numel
 from .opaque import OPERATOR as OPAQUE
 from .placement import WHOLE
@@ -55,44 +54,12 @@ def canonical(graph: Graph) -> dict[int, int]:
     return same
 
 
-def outer_blocks(graph: Graph) -> list[str]:
-    """Paths of blocks that lie in no other block."""
-    return outermost(block.fqn for block in graph.blocks)
-
-
-class BlockOf:
-    """Maps a module or parameter path to its outermost block."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._paths = set(outer_blocks(graph))
-        self._found = graph.outermost()
-
-    def __call__(self, fqn: str) -> str:
-        """The block that contains ``fqn``; "" if none does."""
-        if fqn not in self._found:
-            self._found[fqn] = self._search(fqn)
-        return self._found[fqn]
-
-    def _search(self, fqn: str) -> str:
-        parts = fqn.split(".")
-        for depth in range(1, len(parts) + 1):
-            path = ".".join(parts[:depth])
-            if path in self._paths:
-                return path
-        return ""
-
-
 def crossing(graph: Graph) -> list[int]:
     """Differentiable values that one block makes and another, or what no block contains, reads."""
-    block_of = BlockOf(graph)
-    found: dict[int, None] = {}
-    for node in graph.nodes:
-        here = block_of(node.module)
-        for operand in node.operands:
-            value = graph.nodes[operand]
-            if value.differentiable and value.op not in LEAVES and block_of(value.module) != here:
-                found[operand] = None
-    return sorted(found)
+    nodes, block_of = graph.nodes, graph.block_of()
+    blocks = [block_of(node.module) for node in nodes]
+    read_outside = {i for node in nodes for i in node.operands if blocks[i] != blocks[node.index]}
+    return sorted(i for i in read_outside if nodes[i].differentiable and nodes[i].op not in LEAVES)
 
 
 def hidden_bytes(graph: Graph, crossings: list[int]) -> int:
@@ -104,7 +71,7 @@ def hidden_bytes(graph: Graph, crossings: list[int]) -> int:
 
 def weights(graph: Graph) -> dict[int, Weight]:
     """All weights of products and embeddings, by canonical node."""
-    users, same, block_of = graph.users(), canonical(graph), BlockOf(graph)
+    users, same, block_of = graph.users(), canonical(graph), graph.block_of()
     readers: dict[int, list[int]] = {}
     for node in graph.nodes:
         if node.op == "parameter" and len(node.shape) > 1:

@@ -14,7 +14,7 @@ from .local_operators import leaves_of
 from .moves import Move, move
 from .padding import Padding
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Shard
-from .roles import BlockOf, Weight
+from .roles import Weight
 from .sequence import is_read, sequence_splits
 from .sites import Frame
 from .storing import Domain, Fixed, Setting
@@ -68,7 +68,7 @@ class Settings:
         self.sequences = sequence_splits(graph, ranks) if options.sequence_parallel and ranks > 1 else {}
         insists = bool(self.sequences) and options.sequence_parallel is True
         self.least_avoided = min(map(numel, self.sequences)) if insists else None
-        self.users, self.block_of = graph.users(), BlockOf(graph)
+        self.users, self.block_of = graph.users(), graph.block_of()
         self.padding = Padding(graph)
         self.call_nodes: dict[int, list[int]] = {}
         for node in graph.nodes:

@@ -21,7 +21,7 @@ from colrow.planner.graph import Node
 from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
 from colrow.planner.returned_values import RETURNED
-from colrow.planner.roles import BlockOf, crossing, hidden_bytes, weights
+from colrow.planner.roles import crossing, hidden_bytes, weights
 from colrow.planner.storing import Stored, beside_time, price_move
 from colrow.planner.strategies import choices, cuts, is_leaf, reads
 
@@ -68,7 +68,7 @@ class PlanIlp:
             summed = node.op == "parameter" and _is_summed(s)
             self.y[node.index, s] = self._column((slope if summed else 0) + self._updated(node, s))
             if summed:
-                self._flag(BlockOf(self.graph)(node.fqn), self.y[node.index, s])
+                self._flag(self.graph.block_of()(node.fqn), self.y[node.index, s])
             if penalised and isinstance(s, Replicate):
                 self.rows.append(({self.y[node.index, s]: 1}, 0, 0))
         self.rows.append((dict.fromkeys(self.stored(node.index).values(), 1), 1, 1))
@@ -135,7 +135,7 @@ class PlanIlp:
     def _hidden_states(self) -> None:
         crossings = crossing(self.graph)
         hidden = hidden_bytes(self.graph, crossings)
-        block_of, products = BlockOf(self.graph), Counter(w.block for w in weights(self.graph).values())
+        block_of, products = self.graph.block_of(), Counter(w.block for w in weights(self.graph).values())
         for index in crossings:
             readers = [n.index for n in self.graph.nodes if index in n.operands]
             blocks = {block_of(self.graph.nodes[i].module) for i in (index, *readers)} - {""}

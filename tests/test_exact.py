@@ -55,7 +55,7 @@ def test_the_integer_program_would_notice_a_cheaper_or_dearer_table() -> None:
     formulation = small("gpt_neox", "train")
     solution, found = solve(formulation.problem), PlanIlp(formulation).solve()
     wide = next(f for f in formulation.problem.factors if f.table.ndim > 1)
-    dearer = replace(wide, table=wide.table + 1)
+    dearer = wide._replace(table=wide.table + 1)
     factors = tuple(dearer if f is wide else f for f in formulation.problem.factors)
     assert solve(replace(formulation.problem, factors=factors)).cost == solution.cost + 1 != found
 

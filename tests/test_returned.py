@@ -236,3 +236,42 @@ def test_one_tensor_is_returned_by_no_name():
     dense = randomize(Decoder(2).double())
     ids = {"ids": torch.arange(10).view(2, 5)}
     assert compared(dense, plan(dense, ids, tp=TP, phase="train"), ids) <= TOLERANCE
+
+
+class RepeatedHeads(nn.Module):
+    """Keys are repeated as Hugging Face does, and the repeat is read or returned on its way."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.keys, self.out = nn.Linear(HIDDEN, HIDDEN // 2), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden):
+        keys = self.keys(hidden).view(*hidden.shape[:2], 2, HIDDEN // 4)
+        inserted = keys[:, :, :, None]
+        repeated = inserted.expand(*hidden.shape[:2], 2, 2, HIDDEN // 4)
+        joined = repeated.reshape(*hidden.shape[:2], 4, HIDDEN // 4)
+        return hidden + self.out(torch.tanh(joined).flatten(2)), {"inserted": inserted, "repeated": repeated}[self.read]
+
+
+class Repeating(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.layers = nn.ModuleList(RepeatedHeads(read) for _ in range(3))
+
+    def forward(self, hidden):
+        seen = []
+        for layer in self.layers:
+            hidden, repeated = layer(hidden)
+            seen.append(repeated)
+        return hidden, seen
+
+
+@pytest.mark.parametrize("read", ["inserted", "repeated"])
+def test_repeated_heads_that_are_returned(read):
+    """What leaves a block that copies are made of is not fused away with the repeat."""
+    dense = randomize(Repeating(read).double())
+    inputs = {"hidden": torch.randn(2, 5, HIDDEN, dtype=torch.float64, requires_grad=True)}
+    p = plan(dense, inputs, tp=TP, phase="train")
+    assert "folding" not in p.assumptions
+    assert compared(dense, p, inputs) <= 1e-9
