@@ -195,12 +195,23 @@ def _mean_of_shard(
 
 
 def _rank_random(group: TpGroup, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Draws differently on every rank, and leaves the common random state as one draw would have on any rank."""
+    """Draws differently on every rank, and leaves the common random state as one draw would have on any rank; as it
+    was where nothing is drawn (dropout in evaluation), so that sampled tokens are the dense model's."""
     if markers.are_on():
         return func(*args, **kwargs)
     device = args[0].device
     devices = [device] if device.type == "cuda" else []
+    before = torch.get_rng_state()
     seed = int(torch.randint(1 << 62, (), dtype=torch.int64).item())  # the same on every rank
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed((seed + group.rank) % (1 << 63))
-        return func(*args, **kwargs)
+        fresh = _random_state(device)
+        made = func(*args, **kwargs)
+        is_drawn = not torch.equal(_random_state(device), fresh)
+    if not is_drawn:  # alike on all ranks: their parts have one shape
+        torch.set_rng_state(before)
+    return made
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -100,6 +100,23 @@ def test_what_all_ranks_hold_stays_equal(ranks):
     assert torch.equal(state, other_state), "the next draws are the same again"
 
 
+def test_evaluation_draws_nothing():
+    """Else tokens sampled with a seed would be others than the dense model's."""
+    source = gpt2("sdpa")
+    dense = source.build()
+    p = plan(source.model, source.example_inputs, tp=TP, phase="train")
+
+    def states():
+        model, found = parallelize(copy.deepcopy(dense), p), []
+        for training in (False, True):
+            before = torch.get_rng_state()
+            model.train(training)(**source.example_inputs)
+            found.append(torch.equal(torch.get_rng_state(), before))
+        return found
+
+    assert run_ranks(states, TP, "gloo") == [[True, False]] * TP
+
+
 def test_heads_draw_differently_inside_fused_attention():
     """Inside a kernel masks cannot be seen: equal heads on two ranks would give equal outputs with equal masks."""
     source = gpt2("sdpa")
