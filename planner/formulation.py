@@ -1,15 +1,12 @@
 """Stage 4: graph -> discrete problem. One variable per value, one table per operator.
 
-Variables: the stored placement of every value; tied parameters share one; per block one flag "some replicated
-parameter here has a partial
-gradient", which pays the latency of the block's one parameter reduction. Tables: `strategies.tabulate` per operator;
-parameters' prices;
-model outputs are whole. Equal operators share one table object, which is what lets the solver eliminate equal blocks
-once.
+Variables: the stored placement of every value; tied parameters share one; per block one flag "some replicated parameter
+here has a partial gradient", which pays the latency of the block's one parameter reduction. Tables:
+`strategies.tabulate` per operator; parameters' prices; model outputs are whole. Equal operators share one table object,
+which is what lets the solver eliminate equal blocks once.
 
 Weights are split (DESIGN section 3, "the space"): a weight that could be split pays `REPLICATION_PENALTY_PS` for
-staying replicated, which no
-time outweighs, so it does so only if no legal split exists.
+staying replicated, which no time outweighs, so it does so only if no legal split exists.
 """
 
 from __future__ import annotations
@@ -22,21 +19,21 @@ import numpy as np
 
 from colrow.cost_models.errors import Infeasible
 
-from .bytes_per_rank import is_trained, optimizer_ps
+from .bytes_per_rank import is_trained
 from .candidates import Candidates, candidates
 from .factor_graph import INFEASIBLE, Factor, Problem, Table
 from .graph import Graph, Node, Ref
 from .head_groups import FUSED
-from .parameter_domains import ParameterChoice, ParameterDomains
+from .parameter_domains import ParameterDomains
+from .parameter_prices import parameter_prices, reduction_latency_ps
 from .placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
-from .pricing import Cost, Pricing
+from .pricing import Pricing
 from .returned_values import output_price
 from .roles import Weight, canonical, crossing, hidden_bytes, weights
 from .site_settings import Options, Settings
 from .storing import Domain, Setting, Stored
 from .strategies import Choices, fixed_slices, is_leaf, reads, slice_options, tabulate
 
-REPLICATION_PENALTY_PS = 1 << 49
 GATHER_PENALTY_PS = 1 << 38
 """Inside a block, gathering a split activation costs this much more (0.27 s), or eight all_reduces of the hidden state
 on slower links: it is done only where nothing else is legal."""
@@ -177,7 +174,7 @@ class _Builder:
             self.out.penalised.add(variable)
         key = (choice.should_split, node.nbytes, self.trains(node), self._id(choice.domain))
         if key not in self.parameter_tables:
-            self.parameter_tables[key] = self._prices(choice, node)
+            self.parameter_tables[key] = parameter_prices(self.pricing, choice, node, self.trains(node))
         price, needs_flag = self.parameter_tables[key]
         flag = self._flag(self.block_of(node.fqn)) if needs_flag is not None else -1
         if price is not None:
@@ -185,34 +182,15 @@ class _Builder:
         if needs_flag is not None:
             self.factors.append(Factor((variable, flag), needs_flag))
 
-    def _prices(self, choice: ParameterChoice, node: Node) -> tuple[Table | None, Table | None]:
-        """What a parameter's placements cost, and which of them need the flag of its block."""
-        summed = np.array([_is_summed(s) for s in choice.domain])
-        penalty = REPLICATION_PENALTY_PS * choice.should_split
-        whole = np.array([isinstance(s, Replicate) for s in choice.domain])
-        updated = np.array([self.trains(node) and optimizer_ps(self.pricing, node, s) for s in choice.domain])
-        price = penalty * whole + (self._beta(node.nbytes) if summed.any() else 0) * summed + updated
-        flag = np.where(summed[:, None] & np.array([True, False]), INFEASIBLE, 0)
-        return (price.astype(np.int64) if price.any() else None), (flag.astype(np.int64) if summed.any() else None)
-
     def _flag(self, block: str) -> int:
         if block not in self.out.flags:
             variable = self._new(())
             self.out.flags[block] = variable
-            latency = self._alpha()
+            latency = reduction_latency_ps(self.pricing)
             if latency:
                 self.unary.setdefault("alpha", np.array([0, latency], dtype=np.int64))
                 self.factors.append(Factor((variable,), self.unary["alpha"]))
         return self.out.flags[block]
-
-    def _alpha(self) -> int:
-        return self._weighed_backward(self.pricing.collective("all_reduce", 1))
-
-    def _beta(self, nbytes: int) -> int:
-        return parameter_gradient_ps(self.pricing, nbytes, self._weighed_backward)
-
-    def _weighed_backward(self, backward_ps: int) -> int:
-        return self.pricing.weighed(Cost(0, backward_ps))
 
     def _wide_operator(self, node: Node) -> None:
         """An operator with many operands stays replicated: its gradient is whole or partial, as its operands' are."""
@@ -383,17 +361,6 @@ def _passes(value: Node, stored: Stored, made: Stored) -> int:
 def _is_cut(stored: Stored) -> bool:
     """Split, and not along the sequence."""
     return isinstance(stored, Shard) and not stored.layout.elastic
-
-
-def _is_summed(stored: Stored) -> bool:
-    """Whether a parameter stored so needs its gradient summed over ranks."""
-    return stored == PARTIAL_GRAD or (isinstance(stored, Shard) and stored.layout.is_replicated)
-
-
-def parameter_gradient_ps(pricing: Pricing, nbytes: int, weigh: Callable[[int], int]) -> int:
-    """What ``nbytes`` add to a block's one parameter reduction: the slope of its line between 1 byte and 1 MiB."""
-    line = pricing.collective("all_reduce", 1 << 20) - pricing.collective("all_reduce", 1)
-    return weigh(line * nbytes >> 20)
 
 
 def _alike(a: Stored, b: Stored) -> bool:

@@ -16,7 +16,8 @@ import numpy as np
 from colrow.cost_models.errors import Infeasible
 
 from .factor_graph import INFEASIBLE, Factor, Problem, Solution, Table, evaluate, memory_of
-from .formulation import REPLICATION_PENALTY_PS, Formulation
+from .formulation import Formulation
+from .parameter_prices import REPLICATION_PENALTY_PS
 from .placement import Replicate
 from .solver import solve
 from .storing import Domain, Stored

@@ -3,56 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from .call_record import Measured
 from .edits import CallEdit, ForwardEdits, ParameterEdit
 from .formulation import Formulation
-from .graph import Graph, Node, Ref, numel
+from .graph import Graph, Node, Ref
 from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged, own_reductions
-from .moves import COMMUNICATES, Move
-from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Replicate, Shard
+from .placement import PARTIAL_GRAD, Replicate, Shard
+from .planned_collectives import Collective, planned_collectives
 from .pricing import Cost
 from .returned_values import returned_part
 from .roles import canonical
-from .rules.pointwise import JOINT
 from .sites import Site
 from .storing import Stored
-from .strategies import Choice, apply_rule, best_choice, is_leaf, reads
-
-Category = Literal["block", "statistic", "parameter_gradient", "embedding", "head", "loss"]
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of one step.
-
-    Attributes:
-        kind: all_reduce, all_gather, reduce_scatter.
-        nbytes: Of the whole buffer over all ranks.
-        direction: forward or backward.
-        workload: The workload's name.
-        site: Path of the module whose forward makes the value.
-        block: The outermost block; "" outside.
-        forced_by: The operator that needs it, and its module.
-        category: What it is for.
-        bucket: The block whose gradients it sums, for parameter gradients.
-        seconds_ps: Predicted picoseconds.
-    """
-
-    kind: str
-    nbytes: int
-    direction: str
-    workload: str
-    site: str
-    block: str
-    forced_by: str
-    category: Category
-    bucket: str = ""
-    ps: int = 0
+from .strategies import Choice, best_choice, is_leaf, reads
 
 
 class SiteConflict(Exception):
@@ -139,7 +105,9 @@ def lower(formulation: Formulation, assignment: tuple[int, ...], workload: str) 
             if isinstance(stored, Shard)
         ),
     )
-    out.collectives = _collectives(formulation, out, workload)
+    out.collectives = planned_collectives(
+        formulation, out.stored, out.choices, out.own, out.edits.split_outputs, workload
+    )
     return out
 
 
@@ -258,152 +226,3 @@ def _parameter(node: Node, stored: Stored) -> ParameterEdit:
             return ParameterEdit(node.fqn)
         case _:
             raise AssertionError(f"parameter {node.fqn} stored as {stored}")
-
-
-def _collectives(formulation: Formulation, out: Lowered, workload: str) -> list[Collective]:
-    graph, pricing = formulation.graph, formulation.pricing
-    block_of = graph.block_of()
-    users = graph.users()
-    hidden = formulation.hidden
-    in_blocks = [n.index for n in graph.nodes if not is_leaf(n) and block_of(n.module)]
-    first, last = (min(in_blocks), max(in_blocks)) if in_blocks else (0, len(graph.nodes))
-    forward: list[Collective] = []
-    backward: list[Collective] = []
-    linear: dict[object, bool] = {}
-
-    def category(node: Node, nbytes: int) -> Category:
-        if not block_of(node.module):
-            if in_blocks and node.index < first:
-                return "embedding"
-            if in_blocks and node.index > last:
-                return "head"
-            if _from_embedding(formulation, node):
-                return "embedding"
-        return "statistic" if hidden and nbytes * 8 <= hidden else "block"
-
-    for index, choice in out.choices.items():
-        node = graph.nodes[index]
-        for nbytes in out.own.get(index, ()):
-            ps = pricing.collective("all_reduce", nbytes)
-            at, why = (node.module, block_of(node.module)), f"{node.op} of split classes"
-            forward.append(Collective("all_reduce", nbytes, "forward", workload, *at, why, "loss", "", ps))
-        if choice.move is None:
-            continue
-        step = choice.move
-        nbytes = _moved_bytes(node, step)
-        for kind, direction, into in ((step.forward, "forward", forward), (step.backward, "backward", backward)):
-            if kind not in COMMUNICATES or (direction == "backward" and not node.differentiable):
-                continue
-            forced = (
-                _forced_by(graph, node, out.choices[index].made, users, linear)
-                if direction == "forward"
-                else f"gradient of {_named(node)}"
-            )
-            ps = pricing.collective(kind, nbytes)
-            into.append(
-                Collective(
-                    kind,
-                    nbytes,
-                    direction,
-                    workload,
-                    node.module,
-                    block_of(node.module),
-                    forced,
-                    category(node, nbytes),
-                    "",
-                    ps,
-                )
-            )
-    for path, step in out.edits.split_outputs:
-        node = graph.nodes[graph.outputs[graph.output_paths.index(path)]]
-        if step.forward == "all_gather":
-            nbytes = _moved_bytes(node, step)
-            ps = pricing.collective("all_gather", nbytes)
-            at, why = (node.module, block_of(node.module)), "the model's output"
-            forward.append(Collective("all_gather", nbytes, "forward", workload, *at, why, "head", "", ps))
-    return forward + list(reversed(backward)) + _parameter_gradients(formulation, out, workload, block_of)
-
-
-def _moved_bytes(node: Node, step: Move) -> int:
-    """Of the whole buffer over all ranks, padding included."""
-    layout = step.layout
-    return node.nbytes if layout is None else node.nbytes * layout.local * layout.ranks // layout.size
-
-
-def _parameter_gradients(
-    formulation: Formulation, out: Lowered, workload: str, block_of: Callable[[str], str]
-) -> list[Collective]:
-    """One reduction per block and dtype of the gradients that are partial."""
-    buckets: dict[tuple[str, object], int] = {}
-    for node in formulation.graph.nodes:
-        if node.op != "parameter" or node.fqn in formulation.graph.ties:
-            continue
-        stored = out.stored[node.index]
-        replicas = isinstance(stored, Shard) and stored.layout.is_replicated
-        if stored == PARTIAL_GRAD or replicas:
-            key = (block_of(node.fqn), node.dtype)
-            buckets[key] = buckets.get(key, 0) + numel(node.shape) * node.dtype.itemsize
-    found = []
-    for (block, _), nbytes in buckets.items():
-        ps = formulation.pricing.collective("all_reduce", nbytes)
-        found.append(
-            Collective(
-                "all_reduce",
-                nbytes,
-                "backward",
-                workload,
-                block,
-                block,
-                "partial gradients of replicated parameters",
-                "parameter_gradient",
-                block,
-                ps,
-            )
-        )
-    return found
-
-
-def _from_embedding(formulation: Formulation, node: Node) -> bool:
-    """Whether the value was looked up, with nothing but elementwise work since."""
-    graph, frontier, steps = formulation.graph, [node.index], 0
-    while frontier and steps < 32:
-        value = graph.nodes[frontier.pop()]
-        steps += 1
-        if value.op == "embedding":
-            return True
-        if value.shape == node.shape and not is_leaf(value):
-            frontier += [
-                i for i in value.operands if graph.nodes[i].shape == node.shape or graph.nodes[i].op == "embedding"
-            ]
-    return False
-
-
-def _forced_by(graph: Graph, node: Node, made: Stored, users: list[list[int]], linear: dict[object, bool]) -> str:
-    """The operator that needs the move: for a partial sum the first that is not linear in it, else the first reader.
-
-    ``linear`` remembers which operators are; copies are what their templates are.
-    """
-    frontier, seen = [node.index], {node.index}
-    while frontier:
-        value = frontier.pop(0)
-        for reader in users[value]:
-            other = graph.nodes[reader]
-            if reader in seen:
-                continue
-            seen.add(reader)
-            if not isinstance(made, Partial):
-                return _named(other)
-            operands = reads(other)
-            key = (other.template, operands.index(value))
-            if key not in linear:
-                joins = other.op in JOINT
-                placed: dict[int, Stored] = {i: PARTIAL if i == value or joins else WHOLE for i in operands}
-                linear[key] = apply_rule(graph, other, placed) == PARTIAL
-            if not linear[key]:
-                return _named(other)
-            frontier.append(reader)
-    return "the model's output"
-
-
-def _named(node: Node) -> str:
-    return f"{node.op} in {node.module}" if node.module else node.op

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from .edits import CallEdit, ForwardEdits, OperatorEdit, ParameterEdit
 from .layout import Interval, Layout, Segment, even
-from .lowering import Collective
 from .moves import Move
 from .path_ranges import Repeat, Row, expand_paths, expand_rows, parse_ranges
 from .plan_document import (
@@ -25,6 +24,7 @@ from .plan_document import (
 )
 from .plan_encoding import COLLECTIVE_FIELDS, UNSPLIT_FIELDS
 from .plan_model import Plan, PlannedCost, PlannedParameter, Schedule
+from .planned_collectives import Collective
 from .site_text import Sources, parse_chain
 from .sites import Site
 from .workloads import PHASES, Length, Workload

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from .edits import OperatorName
-from .lowering import Category
 from .moves import Step
+from .planned_collectives import Category
 
 Natural = Annotated[int, Field(ge=0)]
 Direction = Literal["forward", "backward"]

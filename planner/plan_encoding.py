@@ -8,10 +8,10 @@ from typing import Any
 
 from .edits import CallEdit
 from .layout import Layout, Segment, even
-from .lowering import Collective
 from .moves import Move
 from .path_ranges import Repeat, Row, expand_paths, fold_paths, fold_rows, natural, ranges_text
 from .plan_model import Plan, PlannedCost, PlannedParameter, Schedule
+from .planned_collectives import Collective
 from .site_text import Sources, chain_text
 from .sites import Site
 from .workloads import Length

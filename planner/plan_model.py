@@ -10,7 +10,7 @@ from typing import Any
 
 from .edits import ForwardEdits, ParameterEdit
 from .graph import numel
-from .lowering import Collective
+from .planned_collectives import Collective
 from .workloads import Length, Workload
 
 

@@ -15,9 +15,9 @@ from rich.text import Text
 from colrow.cost_models.errors import HardwareError
 from colrow.cost_models.hardware import load_hardware
 from colrow.planner.layout import Layout
-from colrow.planner.lowering import Collective
 from colrow.planner.path_ranges import Repeat, fold_paths, fold_rows
 from colrow.planner.plan_model import Plan, PlannedCost, PlannedParameter, Schedule
+from colrow.planner.planned_collectives import Collective
 from colrow.planner.workloads import Length
 
 from .comparison import Report

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from colrow.planner.lowering import Collective
 from colrow.planner.plan_model import Plan
+from colrow.planner.planned_collectives import Collective
 
 
 @dataclass(frozen=True)

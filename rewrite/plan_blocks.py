@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from colrow.planner.lowering import Collective
 from colrow.planner.path_ranges import ranges_text
 from colrow.planner.plan_model import Plan, PlannedParameter
+from colrow.planner.planned_collectives import Collective
 
 _NEIGHBOUR = {1: "the next block", -1: "the previous block"}
 

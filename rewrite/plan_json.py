@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from colrow.planner.lowering import Collective
 from colrow.planner.plan_model import Plan, PlannedParameter, Schedule
+from colrow.planner.planned_collectives import Collective
 
 from .gate import Check
 

@@ -17,8 +17,8 @@ from colrow.cost_models.link_speed import with_link_speed
 from colrow.cost_models.routes import Prediction
 from colrow.planner.expressions import can_edit
 from colrow.planner.graph import Graph, numel
-from colrow.planner.lowering import Collective
 from colrow.planner.plan_model import Plan
+from colrow.planner.planned_collectives import Collective
 from colrow.planner.planning import plan_graph
 from colrow.planner.pricing import Phase
 from colrow.planner.site_settings import Options

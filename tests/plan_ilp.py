@@ -16,8 +16,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from colrow.planner.formulation import Formulation, parameter_gradient_ps
+from colrow.planner.formulation import Formulation
 from colrow.planner.graph import Node
+from colrow.planner.parameter_prices import reduction_slope_ps
 from colrow.planner.placement import PARTIAL_GRAD, WHOLE, Replicate, Shard
 from colrow.planner.pricing import Cost
 from colrow.planner.returned_values import RETURNED
@@ -63,7 +64,7 @@ class PlanIlp:
 
     def _value(self, node: Node) -> None:
         penalised = self.of.variable[node.index] in self.of.penalised
-        slope = parameter_gradient_ps(self.pricing, node.nbytes, self._backward) if node.op == "parameter" else 0
+        slope = self._backward(reduction_slope_ps(self.pricing, node.nbytes)) if node.op == "parameter" else 0
         for s in self.of.domain(node.index):
             summed = node.op == "parameter" and _is_summed(s)
             self.y[node.index, s] = self._column((slope if summed else 0) + self._updated(node, s))

@@ -9,9 +9,9 @@ from torch import nn
 
 from colrow.planner.edits import CallEdit, ForwardEdits, OperatorEdit, ParameterEdit
 from colrow.planner.layout import Layout, even, joined, owned_units
-from colrow.planner.lowering import Collective
 from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan, PlannedCost, PlannedParameter, Schedule
+from colrow.planner.planned_collectives import Collective
 from colrow.planner.sites import Frame, Site
 from colrow.planner.workloads import Length, Workload
 

@@ -17,7 +17,6 @@ from colrow.cost_models.errors import PlanFileError
 from colrow.planner import Plan, plan
 from colrow.planner.edits import CallEdit, ForwardEdits, OperatorEdit, ParameterEdit
 from colrow.planner.layout import Layout, Segment, even
-from colrow.planner.lowering import Collective
 from colrow.planner.moves import Move
 from colrow.planner.plan_document import (
     CallEntry,
@@ -33,6 +32,7 @@ from colrow.planner.plan_document import (
 )
 from colrow.planner.plan_file import SCHEMA, digest_of, dumps, read
 from colrow.planner.plan_model import PlannedCost, PlannedParameter, Schedule
+from colrow.planner.planned_collectives import Collective
 from colrow.planner.workloads import Length, Workload
 
 
