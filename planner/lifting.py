@@ -253,23 +253,37 @@ class _Lifting:
             and any(self.graph.nodes[i].differentiable for i in made.operands)
         )
         made.module = _module_path(node)
-        self._called_apart(node)
+        self._called_apart(node, made.operands)
         made.call = self._call(node)
         made.measured = frozenset(self.measured.get(node, ()))
         self.graph.nodes.append(made)
         self.value[node] = Ref(made.index)
 
-    def _called_apart(self, node: torch.fx.Node) -> None:
-        """Notes a block whose part is called while the block itself is not."""
+    def _called_apart(self, node: torch.fx.Node, operands: Iterable[int]) -> None:
+        """Notes a block of which a part is called, or a parameter read, while the block itself does not run."""
         running = [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
-        inner = running[-1] if running else ""
-        if inner not in self.block_of:
-            parts = inner.split(".")
+        block = self._block_around(running[-1] if running else "")
+        if block and block not in running:
+            self.apart[block] = None
+        for name in (leaf.fqn for leaf in map(self.graph.nodes.__getitem__, operands) if leaf.op == "parameter"):
+            if self._is_apart(name, running):
+                value = self.parameters.get(name)
+                names = [other for other, tied in self.parameters.items() if tied is value]
+                if all(self._is_apart(other, running) for other in names):
+                    self.apart[self._block_around(name)] = None
+
+    def _is_apart(self, name: str, running: list[str]) -> bool:
+        block = self._block_around(name.rpartition(".")[0])
+        return bool(block) and block not in running
+
+    def _block_around(self, path: str) -> str:
+        """The outermost block at or around ``path``; "" where there is none, or it is a list, which is never called."""
+        if path not in self.block_of:
+            parts = path.split(".")
             around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
             block = next((path for path in around if path in self.is_called), "")
-            self.block_of[inner] = block if block and self.is_called[block] else ""
-        if self.block_of[inner] and self.block_of[inner] not in running:
-            self.apart[self.block_of[inner]] = None
+            self.block_of[path] = block if block and self.is_called[block] else ""
+        return self.block_of[path]
 
     def _measure(self, value: Ref, dims: Iterable[int]) -> None:
         self.graph.nodes[value.index].measured |= frozenset(dims)

@@ -1,4 +1,4 @@
-"""Blocks that are not simply called: lists of modules, and blocks of which a part is called from outside."""
+"""Blocks that are not simply called: lists of modules, and blocks of which a part is called, or read, from outside."""
 
 from __future__ import annotations
 
@@ -68,7 +68,25 @@ class Kept(nn.Module):
         return x + self.layers(x)
 
 
-@pytest.mark.parametrize(("made", "apart"), [(Lists, None), (Borrowed, "blocks.0"), (Kept, None)])
+class Read(nn.Module):
+    """Parameters of blocks, whole and split ones, are read before and after these run; two of them are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks[2].scale = self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x.mean(1, keepdim=True) * self.blocks[0].scale * self.scale
+        for block in self.blocks:
+            x = block(x, given)
+        up, down = self.blocks[1].mlp[0], self.blocks[1].mlp[2]
+        return x + nn.functional.linear(nn.functional.linear(x, up.weight).relu(), down.weight)
+
+
+@pytest.mark.parametrize(
+    ("made", "apart"), [(Lists, None), (Borrowed, "blocks.0"), (Kept, None), (Read, "blocks.0, blocks.1")]
+)
 def test_right_where_blocks_are_not_simply_called(made: type[nn.Module], apart: str | None) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
