@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
@@ -187,6 +188,9 @@ class CallRecorder(TorchFunctionMode):
         self.calls: list[RawCall] = []
         self.measured: dict[Any, set[int]] = {}
         """FX node -> dims whose length the model's code has read."""
+        self.let_go: dict[Any, int] = {}
+        """FX node -> how many calls had been made when the model's code no longer held the value."""
+        self._watched: list[weakref.ref[torch.Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` with its tag in the tracer's current metadata."""
@@ -209,12 +213,27 @@ class CallRecorder(TorchFunctionMode):
         tracer = _tracer()
         given = [(t, get_proxy_slot(t, tracer, None)) for t in args if isinstance(t, torch.Tensor)] if tracer else []
         try:
-            return _apart(func(*args, **(kwargs or {})), given, tracer)
+            result = _apart(func(*args, **(kwargs or {})), given, tracer)
         finally:
             if before is None:
                 del meta["custom"]
             else:
                 meta["custom"] = before
+        if tracer is not None:
+            self._watch(result, tracer)
+        return result
+
+    def _watch(self, result: Any, tracer: Any) -> None:
+        """Notes when the last reference to a tensor goes: a local outlives its last reader until it is assigned anew
+        or its function returns."""
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            node = _made_by(tensor, tracer) if isinstance(tensor, torch.Tensor) else None
+            if node is not None:
+
+                def gone(_: Any, node: Any = node) -> None:
+                    self.let_go[node] = len(self.calls)
+
+                self._watched.append(weakref.ref(tensor, gone))
 
 
 def _apart(result: Any, given: list[tuple[torch.Tensor, Any]], tracer: Any) -> Any:

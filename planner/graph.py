@@ -69,6 +69,7 @@ class Node:
         template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced.
         inner_call: A second call of an operator that several calls make up.
         measured: Dims whose length the model's code reads from this value.
+        held: How many operators later the model's code still holds the value, read or not: a local of a function.
         operands: Indices of the values it reads, in argument order, repeats kept.
     """
 
@@ -87,6 +88,7 @@ class Node:
     template: int = -1
     inner_call: int = -1
     measured: frozenset[int] = frozenset()
+    held: int = 0
     operands: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

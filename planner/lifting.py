@@ -20,6 +20,7 @@ from .call_record import TAG, CallRecorder, Measured
 from .folding import Folding
 from .graph import VIEWS, Block, Call, Graph, Node, Ref
 from .head_groups import fuse_repeats
+from .held_values import HeldValues
 from .rules.base import wrapped
 from .sites import Site, frame_of
 
@@ -59,7 +60,7 @@ class _Lifting:
         folding: Folding,
     ) -> None:
         self.traced, self.raw_calls, self.folding = traced, recorder.calls, folding
-        self.measured = recorder.measured
+        self.measured, self.held = recorder.measured, HeldValues(recorder.let_go)
         self.graph = Graph()
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.leaf_names = _leaf_names(self.parameters, state, inputs)
@@ -96,6 +97,7 @@ class _Lifting:
             self.done.add(node)
         self._unread_parameters()
         fuse_repeats(self.graph, 0, self.graph.outputs)
+        self.held.settle(self.graph, 0)
         _no_gradient_without_readers(self.graph)
         _record_blocks(self.graph, self.block_starts)
         if self.apart:
@@ -258,6 +260,7 @@ class _Lifting:
         made.measured = frozenset(self.measured.get(node, ()))
         self.graph.nodes.append(made)
         self.value[node] = Ref(made.index)
+        self.held.add(node, made.index)
 
     def _called_apart(self, node: torch.fx.Node, operands: Iterable[int]) -> None:
         """Notes a block of which a part is called, or a parameter read, while the block itself does not run."""
@@ -317,12 +320,14 @@ class _Lifting:
         refs: list[Ref] = [self.value[t] for t in tensors]  # type: ignore[union-attr,misc,index]
         call = self.folding.calls[key]  # type: ignore[index]
         indices = [r.index for r in refs]
+        self.held.forget(indices)
         if part == "enter":
             self.open_blocks[call.fqn] = (len(self.graph.nodes), indices)
             self.read_inside[call.fqn] = self._read_of(node, len(refs))
         elif part == "exit":
             start, entries = self.open_blocks.pop(call.fqn)
             fuse_repeats(self.graph, start, indices)
+            self.held.settle(self.graph, start)
             self.templates[call.fqn] = template_of(self.graph, call.fqn, start, entries, indices)
         else:
             for entry, dims in zip(refs, self.read_inside[call.template], strict=True):

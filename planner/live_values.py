@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from .graph import Graph
+from .held_values import held_until
 from .saved_values import base_values, kept_inside, saved_values
 from .strategies import is_leaf
 
@@ -63,11 +64,14 @@ def _made(graph: Graph, bases: Sequence[int]) -> list[int]:
 
 
 def _last_readers(graph: Graph, bases: Sequence[int]) -> list[int]:
-    """The last node that reads a value or a view of it; for what the model returns the end."""
+    """The last node at which a value or a view of it is alive: its last reader, or later where the model's code holds
+    it longer; for what the model returns the end."""
     last = list(range(len(graph.nodes)))
     for node in graph.nodes:
         for index in node.operands:
             last[bases[index]] = node.index
+    for index, until in held_until(graph).items():
+        last[bases[index]] = max(last[bases[index]], until)
     for index in graph.outputs:
         last[bases[index]] = len(graph.nodes)
     return last
