@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -41,17 +40,20 @@ class Reader:
         slots: Where it is read; several if it is tied.
         is_plain: What is stored is what is read.
         is_masked: Padding in the gradient must be zeroed.
+        padding: Dim, start and length of what this rank's block is padded with.
         is_partial: Gradients are partial sums: marked so, or of intervals that several ranks read.
         forms: How each schedule reads it.
     """
 
-    __slots__ = ("forms", "is_masked", "is_partial", "is_plain", "slots", "spec")
+    __slots__ = ("cleared", "forms", "is_masked", "is_partial", "is_plain", "padding", "slots", "spec")
 
     def __init__(self, spec: ParameterSpec, slots: list[Slot], rank: int) -> None:
         is_cut = spec.split is not None and spec.encoding == "whole"
         self.spec, self.slots = spec, slots
         self.is_plain = not is_cut and not (spec.lifted and rank)
-        self.is_masked = spec.split is not None and not is_cut and bool(gaps(spec.split[1], rank))
+        found = gaps(spec.split[1], rank) if spec.split is not None and not is_cut else ()
+        self.padding = tuple((cast(int, spec.dim), start, length) for start, length in found)
+        self.is_masked, self.cleared = bool(found), -1
         self.is_partial = spec.partial_grad or is_cut
         self.forms: tuple[Reader, ...] = (self,)
 
@@ -61,6 +63,16 @@ class Reader:
             return torch.zeros_like(stored)
         dim, layout = cast(Any, self.spec.split)
         return local_part(stored, dim, layout, rank)
+
+    def clear(self, stored: DTensor, grad: bool) -> None:
+        """Zero the padding. Gradients leave it zero; noise, a hook on the parameter or an initialisation do not.
+
+        Without ``grad`` only a changed parameter is looked at: decoding has no time for more.
+        """
+        if (grad or stored._version != self.cleared) and not stored._local_tensor.is_inference():
+            for at in self.padding:
+                stored._local_tensor.data.narrow(*at).zero_()  # not seen by autograd: nothing reads padding
+            self.cleared = stored._version
 
     def unread(self, gradient: Tensor, rank: int) -> Tensor:
         """The adjoint of ``read``; the identity where the parameter is lifted (its gradient is whole on every rank)."""
@@ -79,6 +91,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, readers: list[Reader], group: TpGroup, *parameters: DTensor) -> tuple[Tensor, ...]:
         ctx.readers, ctx.group, ctx.parameters = readers, group, parameters
+        ctx.versions = [p._version for p in parameters]
         ctx.set_materialize_grads(False)  # a parameter no output depends on keeps its None
         rank = group.rank
         return tuple(
@@ -87,12 +100,34 @@ class _Read(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() or [p._version for p in ctx.parameters] != ctx.versions:
+            refuse_backward(ctx, gradients)
         found: list[Any] = list(gradients)
         make_stored(found, ctx.readers, ctx.group)
         deliver(found, ctx.parameters, [node for node, _ in ctx.next_functions])
         return (None, None, *found)
+
+
+def refuse_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> None:
+    """What would be silently wrong: autograd does not see inside a DTensor, nor a gradient that is delivered.
+
+    Raises:
+        UsageError: ``create_graph``; or a parameter that gets a gradient was changed in place since the forward.
+    """
+    if torch.is_grad_enabled():
+        raise UsageError(
+            ctx.readers[0].spec.fqn,
+            "gradients of parameters cannot be differentiated again after the rewrite (create_graph=True)",
+            remedy="Differentiate twice with respect to inputs only, or train the dense model.",
+        )
+    for reader, p, version, gradient in zip(ctx.readers, ctx.parameters, ctx.versions, gradients, strict=True):
+        if gradient is not None and p._version != version:
+            raise UsageError(
+                reader.spec.fqn,
+                "it was changed in place between a forward and its backward",
+                remedy="Finish every backward before the optimiser's step, or run the forward again after it.",
+            )
 
 
 def make_stored(found: list[Any], readers: list[Reader], group: TpGroup) -> None:
@@ -168,6 +203,8 @@ class Region:
                 self.hand_on()
                 self.depth -= 1
                 return self.enter(module, args)
+            if reader.is_masked and not torch.compiler.is_compiling():
+                reader.clear(p, grad)
             if grad and p.requires_grad:
                 readers.append(reader)
                 parameters.append(p)
