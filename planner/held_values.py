@@ -1,4 +1,4 @@
-"""How long a model's code holds its values: a local outlives its last reader until it is assigned anew or returned from.
+"""How long a model's code holds its values: a local outlives its last reader until it is assigned anew.
 
 Measured while the model is traced (`CallRecorder.let_go`), counted in operators, so that copies of a block share it.
 """
