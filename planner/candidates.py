@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from itertools import chain, islice, product
 from typing import Any
 
+from .channel_groups import groups_of
 from .graph import LEAVES, Graph, Node, Ref
 from .head_groups import shared_heads
 from .layout import Layout, balanced, joined
 from .placement import WHOLE, Shard
 from .roles import canonical
 from .rules import RULES, Operation
+from .rules.bags import LOOKUPS
 from .rules.base import wrapped
+from .rules.channels import ALIKE
 from .rules.pointwise import CASTS, EACH, FIRST, JOINT, LINEAR_UNARY, NONLINEAR
 from .rules.products import FACTORS
 from .rules.shapes import view_groups
@@ -108,7 +111,11 @@ def _seed(found: Candidates, node: Node) -> None:
                 found.add(source, i, balanced(old[i], ranks))
             for j in real_right:
                 found.add(node.index, j, balanced(node.shape[j], ranks))
-    elif node.op in FACTORS or node.op == "embedding":
+    elif node.op in FACTORS or node.op in LOOKUPS or node.op == "group_norm":
+        groups = groups_of(node)
+        if groups > 1:
+            channels = nodes[node.operands[0]].shape[1]
+            found.add(node.operands[0], 1, balanced(channels, ranks, channels // groups))
         for index in dict.fromkeys(node.operands):
             operand = nodes[index]
             if operand.op == "parameter" and len(operand.shape) > 1:
@@ -240,7 +247,11 @@ def _links(graph: Graph, node: Node) -> Iterator[tuple[DimKey, DimKey]]:
                 place = dim - len(node.shape) + len(mask.shape)
                 if place >= 0 and mask.shape[place] != 1:
                     yield (q, dim), (mask.index, place)
-    elif node.op == "embedding":
+    elif node.op in ALIKE:
+        whole = Operation(node, nodes, dict.fromkeys(node.operands, WHOLE))
+        for ref, dim, out in ALIKE[node.op](whole):
+            yield (ref.index, dim), (node.index, out)
+    elif node.op in LOOKUPS:
         yield (node.operands[0], 1), (node.index, len(node.shape) - 1)
     elif node.op == "cat" and _joins_equal_ranks(graph, node):
         dim = wrapped(_argument(node, 1, "dim", 0), len(node.shape))
@@ -289,6 +300,10 @@ def _slices(graph: Graph, node: Node, users: list[list[int]]) -> dict[int, list[
             )
             if (start, stop) != (0, length) and start < stop:
                 cuts.setdefault(dim, {})[(start, stop)] = reader.index
+        elif reader.op == "glu":
+            dim = wrapped(_argument(reader, 1, "dim", -1), len(node.shape))
+            half = node.shape[dim] // 2
+            cuts.setdefault(dim, {}).update({(0, half): reader.index, (half, 2 * half): reader.index})
         elif reader.op in _SPLITS and reader.op != "unbind":
             dim = wrapped(_argument(reader, 2, "dim", 0), len(node.shape))
             start = 0

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .call_record import Measured
+from .channel_groups import GROUPED, groups_of, local_groups
 from .edits import CallEdit, OperatorEdit
 from .graph import Call, Node, Ref, numel
 from .placement import Placement, Shard
@@ -56,13 +57,17 @@ def local_form(
     match node.op:
         case "embedding" if isinstance(first, Shard) and first.dim == 0:
             return _replaced(call, OperatorEdit("vocab_embedding", 0, first.layout))
+        case "embedding_bag" if isinstance(first, Shard) and first.dim == 0:
+            return _replaced(call, OperatorEdit("vocab_embedding_bag", 0, first.layout))
         case "cross_entropy_loss" if isinstance(first, Shard):
             return _replaced(call, OperatorEdit("vocab_cross_entropy", first.dim, first.layout))
         case "mean" if isinstance(first, Shard) and not isinstance(made, Shard):
             return _replaced(call, OperatorEdit("mean_of_shard", first.dim, first.layout))
         case "sum" if isinstance(first, Shard) and not isinstance(made, Shard) and not first.layout.is_partition:
             return "a sum over padding, or over copies that several ranks hold"
-        case "dropout" if isinstance(first, Shard) and float(node.arguments[1]) > 0:
+        case "batch_norm" | "instance_norm" if isinstance(first, Shard) and first.dim == 1 and _has_statistics(node):
+            return _replaced(call, OperatorEdit("norm_of_shard", 1, first.layout))
+        case "dropout" | "feature_dropout" if isinstance(first, Shard) and float(node.arguments[1]) > 0:
             return _replaced(call, OperatorEdit("rank_random"))
         case "scaled_dot_product_attention" if isinstance(first, Shard) and _dropout_of(node) > 0:
             return _replaced(call, OperatorEdit("rank_random"))
@@ -74,6 +79,8 @@ def local_form(
             return _sliced(node, call, first)
         case op if op in _SIZED and isinstance(made, Shard):
             return _sized(node, call, made)
+        case op if op in GROUPED and (groups := local_groups(node, first)) is not None:
+            return _grouped(node, call, groups)
     return None
 
 
@@ -81,13 +88,42 @@ def _replaced(call: Call | None, edit: OperatorEdit) -> CallEdit | str:
     return CallEdit(operator=edit) if call is not None else "its call cannot be edited"
 
 
+def _has_statistics(norm: Node) -> bool:
+    """Whether a norm over the batch reads running statistics, or changes them."""
+    return isinstance(_at(norm, 3, norm.keywords.get("running_mean")), Ref)
+
+
+def _learns(norm: Node) -> bool:
+    """Whether a norm computes the statistics itself."""
+    return bool(_at(norm, 5, norm.keywords.get("training", norm.keywords.get("use_input_stats", False))))
+
+
+def _grouped(node: Node, call: Call | None, local: int) -> CallEdit | str | None:
+    """The number of groups, a literal or an attribute: a convolution's last argument but for a transposed one's
+    dilation, where nothing else is equal to it."""
+    groups = groups_of(node)
+    if call is None:
+        return "its number of groups is not written at its call"
+    found = [i for i, leaf in enumerate(call.leaves) if type(leaf) in (int, Measured) and leaf == groups]
+    usual = len(call.leaves) - 1 - (len(node.shape) - 2 if node.op.startswith("conv_transpose") else 0)
+    leaf = found[0] if len(found) == 1 else usual if usual in found else None
+    if leaf is None:
+        return "its number of groups is not written at its call"
+    return None if isinstance(call.leaves[leaf], Measured) else CallEdit(integers=((leaf, groups, local),))
+
+
 def own_reductions(node: Node, edit: CallEdit | None, nodes: Sequence[Node]) -> tuple[int, ...]:
     """Bytes of the all_reduces that a local operator makes in its forward pass; its backward makes none.
 
     The cross entropy of split classes reduces every row's largest logit, then its sum and its label's logit (with
-    label smoothing also the sum of all logits), half precision in float32.
+    label smoothing also the sum of all logits), half precision in float32. Running statistics that learn are put
+    together from the ranks' channels.
     """
-    if edit is None or edit.operator is None or edit.operator.name != "vocab_cross_entropy":
+    if edit is None or edit.operator is None:
+        return ()
+    if edit.operator.name == "norm_of_shard" and _learns(node):
+        return (2 * nodes[_at(node, 3, node.keywords.get("running_mean")).index].nbytes,)
+    if edit.operator.name != "vocab_cross_entropy":
         return ()
     logits, labels = (nodes[i] for i in node.operands[:2])
     row = numel(labels.shape) * max(4, logits.dtype.itemsize)

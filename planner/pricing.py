@@ -16,6 +16,7 @@ from colrow.cost_models.hardware import Hardware
 from .graph import VIEWS, Node, numel
 from .moves import Move
 from .placement import Placement, Shard
+from .rules.bags import LOOKUPS
 
 Phase = Literal["prefill", "decode", "train"]
 
@@ -113,7 +114,7 @@ class Pricing:
             if isinstance(placement, Shard):
                 share = placement.layout.local / placement.layout.size
         nbytes = float(_held(node, out)) + sum(_held(operands[i], p) for i, p in placed.items())
-        if node.op == "embedding":
+        if node.op in LOOKUPS:
             nbytes = 2.0 * _held(node, out)
         flops = flops_of(node, operands) * share
         if node.op == "scaled_dot_product_attention":
@@ -143,6 +144,8 @@ def flops_of(node: Node, operands: Mapping[int, Node]) -> float:
             return 2.0 * size * shapes[1][-2] + 2.0 * numel(shapes[0]) * shapes[1][-2]
         case "conv1d" | "conv2d" | "conv3d":
             return 2.0 * size * numel(shapes[1][1:])
+        case "conv_transpose1d" | "conv_transpose2d" | "conv_transpose3d":
+            return 2.0 * numel(shapes[0]) * numel(shapes[1][1:])
         case "einsum":
             return 2.0 * size * math.sqrt(max(1, numel(shapes[0]) * numel(shapes[-1]) // max(1, size)))
         case _:

@@ -9,6 +9,7 @@ from .graph import LEAVES, VIEWS, Graph, Node, numel
 from .opaque import OPERATOR as OPAQUE
 from .placement import WHOLE
 from .rules import Operation
+from .rules.bags import LOOKUPS
 from .rules.products import FACTORS
 
 SMALL_SHARE = 0.01
@@ -16,7 +17,7 @@ SMALL_SHARE = 0.01
 
 LOW_RANK_SHARE = 0.1
 """Likewise for the down projection of a low-rank pair: splitting it takes a reduction of its own."""
-_THROUGH = VIEWS | {"to", "contiguous", "clone", "index", "type_as"}
+_THROUGH = VIEWS | {"to", "contiguous", "clone", "index", "type_as", "_weight_norm"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _products(graph: Graph, weight: Node, users: list[list[int]]) -> list[int]:
             if reader in seen:
                 continue
             seen.add(reader)
-            if node.op in FACTORS or node.op in ("embedding", OPAQUE):
+            if node.op in FACTORS or node.op in LOOKUPS or node.op == OPAQUE:
                 if numel(weight.shape) > 1:
                     found.append(reader)
             elif node.op in _THROUGH:
@@ -147,7 +148,7 @@ def _products(graph: Graph, weight: Node, users: list[list[int]]) -> list[int]:
 def label_of(graph: Graph, product: Node, operand: int, dim: int) -> str:
     """``column`` if an operand's ``dim`` appears in the product's result, ``row`` if it is summed, ``vocab`` for an
     embedding's rows."""
-    if product.op == "embedding":
+    if product.op in LOOKUPS:
         return "vocab" if dim == 0 else "column"
     factors = FACTORS[product.op](Operation(product, graph.nodes, dict.fromkeys(product.operands, WHOLE)))
     if factors is None:

@@ -7,19 +7,22 @@ compares with what is alive after a real forward pass.
 from __future__ import annotations
 
 from .graph import VIEWS, Graph, Node
+from .rules.convolutions import CONVOLUTIONS, TRANSPOSED
+from .rules.images import AVERAGES, INTERPOLATIONS, LARGEST
 from .strategies import is_leaf
 
 NOTHING = frozenset({
     "add", "add_", "sub", "rsub", "neg", "mean", "sum", "to", "clone", "contiguous", "cat", "stack", "copy", "index",
     "embedding", "index_select", "gather", "where", "masked_fill", "masked_fill_", "repeat", "repeat_interleave",
     "slice_scatter", "constant_pad_nd", "pad", "roll", "flip", "cumsum", "tril", "triu", "scatter", "scatter_add",
-    "index_add", "index_add_", "avg_pool2d", "dropout", "new_zeros", "zeros_like", "type_as",
+    "index_add", "index_add_", "dropout", "new_zeros", "zeros_like", "type_as", "masked_scatter", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "unfold", *AVERAGES, *INTERPOLATIONS,
 })  # fmt: skip
 """Linear in what they differentiate; at most indices, masks and sizes are kept, which other operators made."""
 
 FACTORS = frozenset({
-    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mul", "mul_", "div", "div_", "einsum", "conv1d",
-    "conv2d", "conv3d", "dot",
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mul", "mul_", "div", "div_", "einsum", "dot",
+    *CONVOLUTIONS, *TRANSPOSED, "grid_sampler", "_weight_norm",
     "_grouped_mm", "grouped_mm_fallback", "scaled_dot_product_attention",
 })  # fmt: skip
 """Products: each operand is kept where a gradient goes into another."""
@@ -27,7 +30,7 @@ FACTORS = frozenset({
 OPERAND = frozenset({
     "silu", "gelu", "pow", "leaky_relu", "hardtanh", "hardswish", "softplus", "log", "log1p", "sin", "cos", "abs",
     "clamp", "clamp_min", "clamp_max", "erf", "mish", "layer_norm", "group_norm", "rms_norm", "batch_norm",
-    "log_sigmoid", "cross_entropy_loss", "max_pool2d",
+    "instance_norm", "prelu", "glu", "log_sigmoid", "cross_entropy_loss", *LARGEST,
 })  # fmt: skip
 """The first operand is kept (of a cross entropy, the equally large logarithms of the probabilities)."""
 

@@ -19,9 +19,11 @@ from colrow.planner.edits import CallEdit, OperatorEdit
 from colrow.planner.moves import Move
 
 from . import markers
+from .bags import embedding_bag_or_marker
 from .clones import Replacement
 from .collectives import apply_move
 from .groups import TpGroup
+from .running_statistics import norm_of_shard_or_marker
 from .schedules import Running
 from .vocab import mean_of_shard, vocab_parallel_cross_entropy, vocab_parallel_embedding
 
@@ -88,10 +90,14 @@ class EditedCall:
         match operator.name:
             case "vocab_embedding":
                 return _vocab_embedding(operator, self.group, *args, **kwargs)
+            case "vocab_embedding_bag":
+                return embedding_bag_or_marker(operator, self.group, *args, **kwargs)
             case "vocab_cross_entropy":
                 return _vocab_cross_entropy(operator, self.group, *args, **kwargs)
             case "mean_of_shard":
                 return _mean_of_shard(operator, self.group, *args, **kwargs)
+            case "norm_of_shard":
+                return norm_of_shard_or_marker(operator, self.group, func, args, kwargs)
             case "rank_random":
                 return _rank_random(self.group, func, args, kwargs)
 

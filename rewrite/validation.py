@@ -22,6 +22,7 @@ from torch import nn
 
 from colrow.cost_models.errors import Infeasible, ValidationError
 from colrow.cost_models.hardware import Hardware, hardware_names, load_hardware
+from colrow.planner.channel_groups import GROUPED, local_groups, with_groups
 from colrow.planner.edits import OperatorEdit
 from colrow.planner.formulation import Formulation
 from colrow.planner.graph import Graph, Node, Ref
@@ -41,6 +42,7 @@ from . import markers
 from .schedules import Running
 from .user_hooks import Boundary, either, passed_values
 
+_REPLACED = frozenset({"embedding", "embedding_bag", "mean", "cross_entropy_loss", "batch_norm", "instance_norm"})
 _SIZES = frozenset(
     {"view", "reshape", "expand", "broadcast_to", "unflatten", "new_empty", "new_zeros", "new_ones", "new_full"}
 )
@@ -217,7 +219,7 @@ class _Comparison:
         operator = edit.operator if edit is not None else None
         if operator is None or operator.name == "rank_random":
             return None
-        return operator if node.op in ("embedding", "mean", "cross_entropy_loss") else None
+        return operator if node.op in _REPLACED else None
 
     def _same_arguments(self, node: Node, found: Node, operands: dict[int, int], placed: dict[int, Stored]) -> bool:
         split = {i: p for i, p in placed.items() if isinstance(p, Shard)}
@@ -240,7 +242,11 @@ class _Comparison:
                 return True
             return bool(a == b)
 
-        return same(node.arguments, found.arguments) and same(node.keywords, found.keywords)
+        arguments, keywords = node.arguments, node.keywords
+        groups = local_groups(node, placed[node.operands[0]]) if node.op in GROUPED else None
+        if groups is not None:
+            arguments, keywords = with_groups(node, groups)
+        return same(arguments, found.arguments) and same(keywords, found.keywords)
 
     def _same_slice(self, node: Node, found: Node, operands: dict[int, int], split: dict[int, Shard]) -> bool:
         """Bounds on a split dim are where its segments lie locally."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,7 +60,8 @@ def verify(
 ) -> Report:
     """Compare the model rewritten by ``p``, on ``p.tp`` ranks, with the dense model.
 
-    Dropout is off on both sides. Bytes of collectives are compared in the plan's own dtype.
+    Dropout is off on both sides; norms over the batch learn where the plan was made for training. Bytes of collectives
+    are compared in the plan's own dtype.
 
     Args:
         build_model: Makes the dense model on the CPU, the same every time; its values are replaced by random ones.
@@ -71,7 +73,7 @@ def verify(
         UsageError: The model cannot run in float64, or has no output to differentiate.
         RankError: A rank failed.
     """
-    dense = randomize(_runnable(build_model()).double()).eval()
+    dense = _without_draws(randomize(_runnable(build_model()).double()), p)
     inputs = random_inputs(dense, example_inputs, torch.float64)
     in_float32 = _computes_in_float32(dense, inputs)
     reference = {name: _steps(copy.deepcopy(dense), inputs, name, _whole, _as_it_is) for name in OPTIMISERS}
@@ -219,7 +221,7 @@ def _executed(
     dtypes = {parameter.dtype for parameter in p.parameters}
     if dtypes <= {"float64"}:
         return tuple(counted[next(iter(OPTIMISERS))].collectives), ()
-    model = randomize(_runnable(build_model())).eval()
+    model = _without_draws(randomize(_runnable(build_model())), p)
     values = dict(model.named_parameters(remove_duplicate=False))
     for parameter in p.parameters:
         value = values[parameter.edit.fqn]
@@ -340,6 +342,15 @@ def _common(model: nn.Module, what: str, of: Callable[[nn.Parameter], Tensor | N
 def _fingerprint(value: Tensor) -> str:
     flat = value.detach().cpu().contiguous().reshape(-1)
     return hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _without_draws(model: nn.Module, p: Plan) -> nn.Module:
+    """In evaluation, but for norms over the batch that were planned with the statistics of each batch."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
+    model.eval()
+    for module in norms if p.assumptions.get("mode") == "train" else ():
+        module.train()
+    return model
 
 
 def _runnable(model: nn.Module) -> nn.Module:

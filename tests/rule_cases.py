@@ -2,58 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
+from case_values import Case, b, case, i, p, r, weighted
+from image_cases import IMAGE_CASES
+from sequence_cases import SEQUENCE_CASES
 from torch import Tensor
-
-_random = torch.Generator().manual_seed(0)
-
-
-def r(*shape: int) -> Tensor:
-    """Normal numbers."""
-    return torch.randn(shape, generator=_random, dtype=torch.float64)
-
-
-def p(*shape: int) -> Tensor:
-    """Numbers between a half and one and a half: fit for log, sqrt and quotients."""
-    return torch.rand(shape, generator=_random, dtype=torch.float64) + 0.5
-
-
-def i(high: int, *shape: int) -> Tensor:
-    """Integers below ``high``."""
-    return torch.randint(0, high, shape, generator=_random)
-
-
-def b(*shape: int) -> Tensor:
-    """Truth values."""
-    return torch.rand(shape, generator=_random) > 0.5
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run.
-
-    Attributes:
-        arguments: In ATen order; tensors are values.
-        keywords: Likewise.
-        function: What to run; None: the ATen operator of the rule's name.
-        zero_pads: Positions of the tensors whose padding holds zeros, as a parameter's does.
-        values: Whether what it computes can be compared; else shapes only.
-    """
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any] = field(default_factory=dict)
-    function: Callable[..., Any] | None = None
-    zero_pads: tuple[int, ...] = ()
-    values: bool = True
-
-
-def case(*arguments: Any, **keywords: Any) -> Case:
-    """A case of an ATen operator."""
-    return Case(arguments, keywords)
 
 
 def _grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -66,11 +19,6 @@ def _written(base: Tensor, source: Tensor, dim: int, start: int, stop: int) -> T
     made = base.clone()
     made.narrow(dim, start, stop - start).copy_(source)
     return made
-
-
-def _weighted(*arguments: Any, **keywords: Any) -> Case:
-    """A product whose second tensor is a parameter: its padding is zero."""
-    return Case(arguments, keywords, zero_pads=(1,))
 
 
 UNARY = (
@@ -101,15 +49,14 @@ NOT_RUN = {
 }
 
 # Rules that know replicated operands only.
-WHOLE_ONLY = frozenset({
-    "gather", "take_along_dim", "scatter", "scatter_add", "index_copy", "index_fill", "scatter_reduce",
-    "changed_in_place",
-})  # fmt: skip
+WHOLE_ONLY = frozenset({"changed_in_place"})
 
 CASES: dict[str, list[Case]] = {
     **{name: [case(p(4, 6)), case(p(7))] for name in UNARY},
     **{name: [case(p(4), p(4)), case(p(2, 4, 1), p(4, 6))] for name in BINARY},
     **{name: [case(b(4, 6), b(6))] for name in LOGICAL},
+    **IMAGE_CASES,
+    **SEQUENCE_CASES,
     "add": [
         case(p(4, 6), p(4, 6)),
         case(p(2, 4, 1), p(4, 6)),
@@ -150,16 +97,16 @@ CASES: dict[str, list[Case]] = {
     ],
     "masked_fill": [case(r(4, 6), b(6), 0.0), case(r(4, 6), b(4, 6), -1.0), case(r(4, 6), b(4, 6), r())],
     # products
-    "linear": [_weighted(r(2, 3, 6), r(4, 6)), _weighted(r(3, 7), r(5, 7), r(5)), _weighted(r(4, 6), r(6, 6), r(6))],
+    "linear": [weighted(r(2, 3, 6), r(4, 6)), weighted(r(3, 7), r(5, 7), r(5)), weighted(r(4, 6), r(6, 6), r(6))],
     "addmm": [Case((r(4), r(3, 6), r(6, 4)), zero_pads=(2,)), Case((r(3, 4), r(3, 6), r(6, 4)), zero_pads=(2,))],
-    "mm": [_weighted(r(3, 6), r(6, 4)), _weighted(r(6, 6), r(6, 6))],
+    "mm": [weighted(r(3, 6), r(6, 4)), weighted(r(6, 6), r(6, 6))],
     "matmul": [
-        _weighted(r(4, 3, 6), r(4, 6, 2)),
-        _weighted(r(2, 4, 3, 6), r(6, 2)),
-        _weighted(r(4, 1, 2, 3), r(1, 2, 3, 2)),
-        _weighted(r(4, 6), r(6)),
+        weighted(r(4, 3, 6), r(4, 6, 2)),
+        weighted(r(2, 4, 3, 6), r(6, 2)),
+        weighted(r(4, 1, 2, 3), r(1, 2, 3, 2)),
+        weighted(r(4, 6), r(6)),
     ],
-    "bmm": [_weighted(r(4, 3, 6), r(4, 6, 2))],
+    "bmm": [weighted(r(4, 3, 6), r(4, 6, 2))],
     "baddbmm": [
         case(r(4, 3, 2), r(4, 3, 6), r(4, 6, 2)),
         case(r(1, 3, 2), r(4, 3, 6), r(4, 6, 2), beta=0.5, alpha=2.0),
@@ -170,9 +117,6 @@ CASES: dict[str, list[Case]] = {
         Case(("bi,io->bo", [r(3, 4), r(4, 6)]), zero_pads=(1,)),
         Case(("bhi,bhj->bhij", [r(2, 4, 3), r(2, 4, 3)]), zero_pads=(1,)),
     ],
-    "conv1d": [_weighted(r(2, 4, 7), r(6, 4, 3), r(6)), _weighted(r(2, 4, 7), r(4, 2, 3), None, [1], [0], [1], 2)],
-    "conv2d": [_weighted(r(2, 4, 5, 5), r(6, 4, 3, 3), r(6))],
-    "conv3d": [_weighted(r(2, 4, 3, 3, 3), r(6, 4, 2, 2, 2))],
     "scaled_dot_product_attention": [
         case(r(2, 4, 3, 2), r(2, 4, 5, 2), r(2, 4, 5, 2)),
         case(r(1, 4, 3, 2), r(1, 4, 3, 2), r(1, 4, 3, 2), r(1, 1, 3, 3)),
@@ -209,7 +153,7 @@ CASES: dict[str, list[Case]] = {
     "_log_softmax": [case(r(4, 6), 0, False)],
     "cumsum": [case(r(4, 6), 1)],
     "cumprod": [case(r(4, 6), 1)],
-    "glu": [case(r(4, 6), 1), case(r(4, 6), 0)],
+    "glu": [case(r(4, 6), 1), case(r(4, 6), 0), case(r(2, 8, 3), -2)],
     "logcumsumexp": [case(r(4, 6), 1)],
     "topk": [case(r(4, 6), 2), case(r(4, 6), 2, 0)],
     "sort": [case(r(4, 6)), case(r(4, 6), 0, True), case(r(4, 6), stable=True, dim=0)],
@@ -285,14 +229,7 @@ CASES: dict[str, list[Case]] = {
         case(r(4, 6, 3), [i(4, 2), None, i(3, 2)]),
     ],
     "index_select": [case(r(4, 6), 1, i(6, 3)), case(r(4, 6), -2, i(4, 3))],
-    "gather": [case(r(4, 6), 1, i(6, 4, 3))],
-    "take_along_dim": [Case((r(4, 6), i(6, 4, 3), 1))],
-    "scatter": [case(r(4, 6), 1, i(6, 4, 1), r(4, 1))],
-    "scatter_add": [case(r(4, 6), 1, i(6, 4, 3), r(4, 3))],
-    "scatter_reduce": [case(r(4, 6), 1, i(6, 4, 3), r(4, 3), "sum")],
     "index_add": [case(r(4, 6), 0, i(4, 3), r(3, 6)), case(r(4, 6), 1, i(6, 3), r(4, 3), alpha=2)],
-    "index_copy": [case(r(4, 6), 0, torch.tensor([2, 0]), r(2, 6))],
-    "index_fill": [case(r(4, 6), 0, i(4, 2), 2.0)],
     "index_put": [
         case(r(4, 6), [torch.tensor([2, 0])], r(2, 6)),
         case(r(4, 6), [torch.tensor([2, 0])], r(6)),
@@ -302,7 +239,14 @@ CASES: dict[str, list[Case]] = {
     ],
     "tril": [case(r(2, 4, 6))],
     "triu": [case(r(4, 4, 6), 1)],
-    "pad": [case(r(4, 6), [1, 2]), case(r(4, 6), [1, 2], "constant", 2.0), case(r(2, 4, 6), [1, 1], "reflect")],
+    "pad": [
+        case(r(4, 6), [1, 2]),
+        case(r(4, 6), [1, 2], "constant", 2.0),
+        case(r(2, 4, 6), [1, 1], "reflect"),
+        case(r(2, 4, 3, 3), [1, 1, 2, 0], "replicate"),
+        case(r(2, 4, 3), [1, 2], "circular"),
+        case(r(4, 6), [0, 0, 1, 0]),
+    ],
     "constant_pad_nd": [case(r(4, 6), [1, 2]), case(r(4, 6), [1, 2], 2.0)],
     "slice_scatter": [
         Case((r(4, 8, 3), r(4, 4, 3), 1, 0, 4), function=_written),

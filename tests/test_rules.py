@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from rule_cases import CASES, NOT_RUN, WHOLE_ONLY, Case
+from case_values import Case
+from rule_cases import CASES, NOT_RUN, WHOLE_ONLY
 from torch import Tensor
 
 import colrow.planner.head_groups  # noqa: F401  # registers a rule of its own
@@ -34,12 +35,15 @@ from colrow.planner.placement import PARTIAL, WHOLE, Partial, Placement, Replica
 from colrow.planner.rules import RULES, Operation
 from colrow.planner.rules.base import RuleFunction
 from colrow.planner.sites import Site
+from colrow.rewrite.bags import vocab_parallel_embedding_bag
 from colrow.rewrite.groups import TpGroup
+from colrow.rewrite.slices import local_part
 from colrow.rewrite.vocab import mean_of_shard, vocab_parallel_embedding
 
 GARBAGE = 0.7310
+BAG = ("ids", "offsets", "_", "mode", "_", "per_sample_weights", "include_last_offset", "padding_idx")
 RULE_FILES = str(Path(rules.__file__).parent)
-REGISTRATION = frozenset({"rule", "register", "factored", "derived"})
+REGISTRATION = frozenset({"rule", "register", "factored", "derived", "alike"})
 
 
 def layouts(length: int, ranks: int) -> Iterator[Layout]:
@@ -61,7 +65,7 @@ def layouts(length: int, ranks: int) -> Iterator[Layout]:
 def placements(value: Tensor, ranks: int) -> list[Placement]:
     found: list[Placement] = [WHOLE]
     found += [Shard(dim, layout) for dim, length in enumerate(value.shape) for layout in layouts(length, ranks)]
-    return found + ([PARTIAL] if value.is_floating_point() else [])
+    return found + ([PARTIAL] if _has_gradient(value) else [])
 
 
 def local_values(value: Tensor, placement: Placement, ranks: int, pad: float) -> list[Tensor]:
@@ -78,7 +82,7 @@ def local_values(value: Tensor, placement: Placement, ranks: int, pad: float) ->
 
 def _cut(value: Tensor, dim: int, layout: Layout, rank: int, pad: float) -> Tensor:
     shape = [*value.shape[:dim], layout.local, *value.shape[dim + 1 :]]
-    local = torch.full(shape, pad, dtype=value.dtype) if value.is_floating_point() else value.new_zeros(shape)
+    local = torch.full(shape, pad, dtype=value.dtype) if _has_gradient(value) else value.new_zeros(shape)
     for start, at, length in layout.pieces(rank):
         local.narrow(dim, at, length).copy_(value.narrow(dim, start, length))
     return local
@@ -88,7 +92,7 @@ def cotangents(value: Tensor, placement: Placement, ranks: int) -> list[Tensor]:
     """What each rank gets as the gradient of a result: where several hold an element, it is split among them."""
     if not isinstance(placement, Shard):
         return [value] * ranks
-    counts = torch.zeros(placement.layout.size, dtype=value.dtype)
+    counts = torch.zeros(placement.layout.size, dtype=value.real.dtype)
     for rank in range(ranks):
         for start, _, length in placement.layout.pieces(rank):
             counts[start : start + length] += 1
@@ -104,6 +108,8 @@ def same(got: Tensor, want: Tensor, what: str, close: float = 1e-9) -> None:
     if got.shape != want.shape or got.dtype != want.dtype:
         raise Wrong(f"{what}: {tuple(got.shape)} {got.dtype}, not {tuple(want.shape)} {want.dtype}")
     close = 1e-5 if want.dtype == torch.float32 else close
+    if want.is_complex():
+        got, want = torch.view_as_real(got.resolve_conj()), torch.view_as_real(want.resolve_conj())
     if not torch.allclose(got.double(), want.double(), rtol=close, atol=close, equal_nan=True):
         raise Wrong(f"{what} differs")
 
@@ -117,7 +123,7 @@ def compare(locals_: Sequence[Tensor], whole: Tensor, placement: Placement, what
             for local in locals_:
                 same(local, whole, what)
         case Partial():
-            if not whole.is_floating_point():
+            if not _has_gradient(whole):
                 raise Wrong(f"{what}: a partial sum of {whole.dtype}")
             same(torch.stack(list(locals_)).sum(0), whole, what)
         case Shard(dim, layout):
@@ -171,6 +177,16 @@ class Run:
             if edit.operator.name == "vocab_embedding":
                 padding = args[2] if len(args) > 2 and args[2] >= 0 else None
                 return vocab_parallel_embedding(args[1], args[0], layout, group, padding)
+            if edit.operator.name == "norm_of_shard":
+                assert layout is not None
+                x, weight, bias, mean, var = args[:5]
+                mean, var = (local_part(value.detach(), 0, layout, rank) for value in (mean, var))
+                return self.call((x, weight, bias, mean, var, *args[5:]), self.keywords, tensors)
+            if edit.operator.name == "vocab_embedding_bag":
+                assert layout is not None
+                given = {name: value for name, value in zip(BAG, args[1:], strict=False) if name != "_"}
+                given["mode"] = ("sum", "mean")[given.get("mode", 0)]
+                return vocab_parallel_embedding_bag(args[0], layout, group, **given)
             assert edit.operator.name == "mean_of_shard" and layout is not None
             return mean_of_shard(args[0], args[1], edit.operator.dim, layout, group, *args[2:])
         numbers = {leaf: made for leaf, _, made in edit.integers} if edit is not None else {}
@@ -261,7 +277,11 @@ def _held(value: Tensor, dim: int, layout: Layout) -> Tensor:
 
 
 def _leaf(value: Tensor) -> Tensor:
-    return value.detach().clone().requires_grad_(value.is_floating_point())
+    return value.detach().clone().requires_grad_(_has_gradient(value))
+
+
+def _has_gradient(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _listed(result: Any) -> list[Tensor]:

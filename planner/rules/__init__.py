@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
-from . import indexing, losses, pointwise, products, reductions, shapes
+from . import (
+    bags,
+    channels,
+    convolutions,
+    images,
+    indexing,
+    linear_algebra,
+    losses,
+    pointwise,
+    products,
+    rearranging,
+    reductions,
+    scattering,
+    shapes,
+    spectral,
+    statistics,
+)
 from .base import RULES, Operation, Result
 
-__all__ = ["RULES", "Operation", "Result", "indexing", "losses", "pointwise", "products", "reductions", "shapes"]
+__all__ = [
+    "RULES",
+    "Operation",
+    "Result",
+    "bags",
+    "channels",
+    "convolutions",
+    "images",
+    "indexing",
+    "linear_algebra",
+    "losses",
+    "pointwise",
+    "products",
+    "rearranging",
+    "reductions",
+    "scattering",
+    "shapes",
+    "spectral",
+    "statistics",
+]

@@ -26,21 +26,9 @@ def index(op: Operation) -> Result:
             return placement
 
 
-@rule(
-    "index_select",
-    "gather",
-    "take_along_dim",
-    "scatter",
-    "scatter_add",
-    "index_add",
-    "index_copy",
-    "index_fill",
-    "scatter_reduce",
-)
+@rule("index_select", "index_add")
 def along_dim(op: Operation) -> Result:
-    """Work along one dim with replicated indices; index_select and index_add leave the others to be split."""
-    if op.node.op not in ("index_select", "index_add"):
-        return WHOLE if all_whole(op) else None
+    """Work along one dim with replicated indices; the others may be split."""
     x, dim, positions = op.argument(0), op.argument(1), op.argument(2)
     if not isinstance(op.placement(positions), Replicate):
         return None
@@ -79,12 +67,14 @@ def index_put(op: Operation) -> Result:
 
 @rule("tril", "triu", "pad", "constant_pad_nd")
 def last_two(op: Operation) -> Result:
-    """Linear; dims before the last two may be split."""
+    """Linear; dims before the last two, or that nothing is added to, may be split."""
     x = op.argument(0)
     match op.placement(x):
         case Shard(d, layout):
-            touched = len(op.argument(1)) // 2 if op.node.op in ("pad", "constant_pad_nd") else 2
-            return Shard(d, layout) if d < len(op.shape(x)) - touched else None
+            if op.node.op in ("pad", "constant_pad_nd"):
+                from_last = 2 * (len(op.shape(x)) - 1 - d)
+                return Shard(d, layout) if not any(op.argument(1)[from_last : from_last + 2]) else None
+            return Shard(d, layout) if d < len(op.shape(x)) - 2 else None
         case Partial():
             return (
                 PARTIAL

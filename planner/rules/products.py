@@ -1,4 +1,4 @@
-"""Matrix products, attention, convolutions and embeddings, in factor notation."""
+"""Matrix products, attention and embeddings, in factor notation."""
 
 from __future__ import annotations
 
@@ -118,19 +118,6 @@ def einsum(op: Operation) -> Factors | None:
     if "." in equation or not output or len({t.index for t in tensors}) != len(tensors):
         return None
     return Factors(tuple(zip(tensors, map(tuple, inputs.split(",")), strict=True)), tuple(output))
-
-
-@factored("conv1d", "conv2d", "conv3d")
-def convolution(op: Operation) -> Factors | None:
-    """``b i ..., o i ... -> b o ...`` for one group."""
-    x, weight, groups = op.argument(0), op.argument(1), op.argument(6, "groups", 1)
-    rank = len(op.node.shape)
-    if groups != 1 or len(op.shape(x)) != rank or len(op.shape(weight)) != rank:
-        return None
-    spatial = (None,) * (rank - 2)
-    return Factors(
-        ((x, ("b", "i", *spatial)), (weight, ("o", "i", *spatial))), ("b", "o", *spatial), op.argument(2, "bias"), 1
-    )
 
 
 @rule("scaled_dot_product_attention")

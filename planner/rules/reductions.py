@@ -62,7 +62,7 @@ def other_reduction(op: Operation) -> Result:
     return _reduce(op, gone, keepdim, None, None)
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "glu", "logcumsumexp")
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
 def along(op: Operation) -> Result:
     """Independent along every dim but one."""
     x = op.argument(0)
@@ -72,6 +72,21 @@ def along(op: Operation) -> Result:
             return None if d == dim else Shard(d, layout)
         case Partial():
             return PARTIAL if op.node.op == "cumsum" else None
+        case placement:
+            return placement
+
+
+@rule("glu")
+def glu(op: Operation) -> Result:
+    """Halves of one dim, one gating the other: a split of both halves alike becomes that of the result."""
+    x = op.argument(0)
+    dim = wrapped(op.argument(1, "dim", -1), len(op.shape(x)))
+    match op.placement(x):
+        case Shard(d, layout) if d == dim:
+            half = layout.period(2)
+            return None if half is None else Shard(d, half)
+        case Partial():
+            return None
         case placement:
             return placement
 
