@@ -146,6 +146,9 @@ class _Lifting:
             if isinstance(made, list):
                 self.value[node] = made[position]  # type: ignore[index]
                 return
+            if _only_first_read(source):  # type: ignore[arg-type]
+                self.value[node] = made
+                return
             self._append(node, "getitem", (made, position), {}, "")
             return
         if node.target is block_marker:
@@ -239,6 +242,7 @@ class _Lifting:
         self, node: torch.fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overload: str
     ) -> None:
         val = node.meta.get("val")
+        val = val[0] if _only_first_read(node) else val  # type: ignore[index]
         outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
         if isinstance(val, (tuple, list)):
             outputs = tuple((tuple(v.shape), v.dtype) for v in val if isinstance(v, Tensor))
@@ -379,6 +383,11 @@ def _leaf_names(parameters: Container[str], state: dict[str, Tensor], inputs: An
 
 def _name(node: torch.fx.Node) -> str:
     return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _only_first_read(node: torch.fx.Node) -> bool:
+    """Whether the call that made several values returns the first of them."""
+    return _name(node) == "embedding_bag" and not any(user.users for user in node.users if user.args[1] != 0)
 
 
 def _shares(name: str) -> bool:

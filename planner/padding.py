@@ -22,6 +22,7 @@ from .graph import LEAVES, VIEWS, Graph, Node, Ref
 from .layout import balanced
 from .placement import WHOLE, Shard
 from .rules import RULES, Operation
+from .rules.bags import LOOKUPS
 from .rules.products import FACTORS
 
 Interval = tuple[float, float]
@@ -103,7 +104,7 @@ class Padding:
         return self._found[key]
 
     def _made(self, node: Node, dim: int) -> Interval:
-        if node.op in LEAVES or node.op == "embedding":
+        if node.op in LEAVES or node.op in LOOKUPS:
             return ZERO
         read = {i: self.of(i, d) for i, d in self._split_with(node, dim).items()}
         if node.op in FACTORS:

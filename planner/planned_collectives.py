@@ -10,6 +10,7 @@ from .formulation import Formulation
 from .graph import Graph, Node, numel
 from .moves import COMMUNICATES, Move
 from .placement import PARTIAL, PARTIAL_GRAD, WHOLE, Partial, Shard
+from .rules.bags import LOOKUPS
 from .rules.pointwise import JOINT
 from .storing import Stored
 from .strategies import Choice, apply_rule, is_leaf, reads
@@ -172,11 +173,11 @@ def _from_embedding(formulation: Formulation, node: Node) -> bool:
     while frontier and steps < 32:
         value = graph.nodes[frontier.pop()]
         steps += 1
-        if value.op == "embedding":
+        if value.op in LOOKUPS:
             return True
         if value.shape == node.shape and not is_leaf(value):
             frontier += [
-                i for i in value.operands if graph.nodes[i].shape == node.shape or graph.nodes[i].op == "embedding"
+                i for i in value.operands if graph.nodes[i].shape == node.shape or graph.nodes[i].op in LOOKUPS
             ]
     return False
 

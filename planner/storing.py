@@ -102,5 +102,7 @@ def price_move(node: Node, made: Stored, target: Stored, setting: Setting, prici
     step = move(made, target)
     if step is None or (setting.written and step.forward in ("identity", "slice")):
         return None
+    if node.dtype.is_complex and not step.is_free:
+        return None  # collectives add real numbers
     cost = pricing.move(step, node.nbytes)
     return cost if node.differentiable else Cost(cost.forward_ps, 0)
