@@ -31,6 +31,7 @@ from .collectives import all_reduce, apply_move
 from .forms import CheckForm, Form, Key
 from .groups import TpGroup, group_of, tp_mesh
 from .identity import identity
+from .optimizer_trial import check_optimizers_of
 from .random_draws import RefuseTraining, lacks_draws
 from .ranks import agree
 from .regions import install_regions
@@ -91,6 +92,7 @@ def parallelize(
             model.register_forward_hook(Stop(running), always_call=True)
         guard_calls(model, [region.module for region in regions], passed, running, checks.floats)
         guard_hooks(model, passed, group)
+    check_optimizers_of(model, axis)
     _same_random_state(group)
     return model
 
