@@ -2,25 +2,24 @@
 
 A plan is made for one form per workload. A forward called in another form may run other operators: given
 ``inputs_embeds`` it skips the embedding whose partial sums a planned reduction expects, and reducing what is whole
-already would be a silent wrong answer; asked for ``output_hidden_states`` it returns values that may be partial sums.
-So the first call in a form that was not planned is traced in that form, and the plan's layouts and moves are
-re-checked on it: they are exact for it too, or the call raises. Where torch cannot trace the form, a call that brings
-floating-point tensors of its own raises; another runs (a KV cache, say, is left out of every trace), but no gradient
-may pass through values that no trace returned.
+already would be a silent wrong answer; asked for ``output_hidden_states``, by an argument or by a configuration that
+was changed since, it returns values that may be partial sums. So the first call in a form that was not planned is
+traced in that form, and the plan's layouts and moves are re-checked on it: they are exact for it too, or the call
+raises. Where torch cannot trace the form, a call that brings floating-point tensors of its own raises; another runs
+(a KV cache, say, is left out of every trace), but no gradient may pass through values that no trace returned.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.overrides
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -29,11 +28,13 @@ from colrow.planner.edits import ForwardEdits
 from colrow.planner.graph import Graph
 from colrow.planner.plan_model import Plan, Schedule
 from colrow.planner.replanning import recheck
-from colrow.planner.trace import Inputs, trace
+from colrow.planner.trace import Inputs
 from colrow.planner.workloads import example_of
 
 from .collectives import all_reduce
+from .form_traces import PLAIN, examples, has_floats, traced_on
 from .groups import TpGroup
+from .live_settings import Change, LiveSettings
 from .schedules import Running
 from .validation import profile_of
 
@@ -79,13 +80,15 @@ class CheckForm:
         self.numbers: dict[str, list[Any]] = {}
         self.forms: list[dict[Key, Form]] = []
         self.floats: set[str] = set()
+        self.options: set[tuple[str, Any]] = set()
+        self.settings = LiveSettings(model)
         for schedule, paths in zip(plan.schedules, returned, strict=True):
             inputs = example_of(schedule.workload)
             args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), dict(inputs))
             key = self.key(args, kwargs, plan.assumptions.get("mode") == "train")
             edits = schedule.edits
             self.forms.append({key: Form(edits.inputs, paths, edits.outputs)})
-            self.floats.update(self._floats(args, kwargs))
+            self._note(args, kwargs)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Looks the form up, or finds out about it.
@@ -95,16 +98,19 @@ class CheckForm:
         """
         forms = self.forms[self.running.index]
         if torch.compiler.is_compiling():  # nothing can be traced here
-            self._check_floats(args, kwargs)
+            self._check_compiled(args, kwargs)
             self.running.form = next(iter(forms.values()))
             return
         key = self.key(args, kwargs, module.training)
+        changes = self.settings.changed(module)
+        if changes:
+            key |= {("configuration", repr(changes))}
         if key not in forms:
             with _no_modes(), torch.autocast("cpu", enabled=False), torch.inference_mode(False):
                 device = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl" else "cpu"
                 all_reduce(torch.zeros(1, device=device), self.group)  # all ranks are here, and none runs on meanwhile
-                forms[key] = self._found(key, args, kwargs, module.training)
-            self.floats.update(self._floats(args, kwargs))
+                forms[key] = self._found(key, args, kwargs, module.training, changes)
+            self._note(args, kwargs)
         self.running.form = forms[key]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckForm:
@@ -121,7 +127,7 @@ class CheckForm:
         given = self.named(args, kwargs)
         described = {("training", training)}
         for name, value in given.items():
-            if value is None or (isinstance(value, _PLAIN) and _equal(value, self.defaults.get(name))):
+            if self._is_default(name, value):
                 continue
             described.add((name, self._described(name, value)))
         return frozenset(described)
@@ -144,38 +150,61 @@ class CheckForm:
             case _:
                 return type(value).__qualname__
 
-    def _floats(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
-        return {name for name, value in self.named(args, kwargs).items() if _has_floats(value)}
+    def _is_default(self, name: str, value: Any) -> bool:
+        return value is None or (isinstance(value, PLAIN) and _equal(value, self.defaults.get(name)))
 
-    def _check_floats(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Under torch.compile: a tensor that no checked form had may go another way."""
+    def _note(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remembers what a checked call was given, for those under torch.compile."""
         for name, value in self.named(args, kwargs).items():
-            if isinstance(value, Tensor) and value.is_floating_point() and name not in self.floats:
+            if has_floats(value):
+                self.floats.add(name)
+            if isinstance(value, PLAIN):
+                self.options.add((name, value))
+
+    def _check_compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Under torch.compile: a tensor or an option that no checked form had may go another way."""
+        for name, value in self.named(args, kwargs).items():
+            if isinstance(value, Tensor):
+                known = not value.is_floating_point() or name in self.floats
+            else:
+                known = not isinstance(value, PLAIN) or self._is_default(name, value) or (name, value) in self.options
+            if not known:
                 raise ValidationError(
                     f"argument {name}",
                     "the model was not planned with it",
                     remedy="Call the model with it once before compiling, or plan with it.",
                 )
 
-    def _found(self, key: Key, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Form:
+    def _found(
+        self,
+        key: Key,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        training: bool,
+        changes: tuple[Change, ...],
+    ) -> Form:
         index = self.running.index
         with _tracing:
             if (index, key) not in self.known:
-                self.known[index, key] = self._checked(index, self.named(args, kwargs), training)
+                with self.settings.applied(changes):
+                    found = self._checked(index, self.named(args, kwargs), training, [name for _, name, _ in changes])
+                self.known[index, key] = found
             form = self.known[index, key]
         if isinstance(form, ValidationError):
             raise ValidationError(form.where, form.wrong, remedy=form.remedy)
         return form
 
-    def _checked(self, index: int, given: Mapping[str, Any], training: bool) -> Form | ValidationError:
-        """What is known of a call with the ``given`` arguments, or why it must not run."""
+    def _checked(
+        self, index: int, given: Mapping[str, Any], training: bool, changed: Sequence[str]
+    ) -> Form | ValidationError:
+        """What is known of a call with the ``given`` arguments and ``changed`` settings, or why it must not run."""
         schedule = self.plan.schedules[index]
         if self.model.training != training:
             self.model.train(training)
         refused, untraced = False, None
         for inputs in self._examples(schedule, given):
             try:
-                graph = trace(self.model, inputs)
+                graph = traced_on(self.model, inputs, schedule.edits.calls)
             except ColrowError as error:
                 untraced = error
                 continue
@@ -184,17 +213,18 @@ class CheckForm:
             except Infeasible:
                 refused = True
         planned = next(iter(self.forms[index].values()))
-        unknown = sorted(name for name, value in given.items() if _has_floats(value) and name not in self.floats)
+        unknown = sorted(name for name, value in given.items() if has_floats(value) and name not in self.floats)
         if refused:
-            return self._refusal(given, training, "its moves are not exact there")
+            return self._refusal(given, training, changed, "its moves are not exact there")
         if unknown:
             why = f"it cannot be traced so ({str(untraced).rstrip('.')})" if untraced else "it cannot be traced so"
-            return self._refusal({name: given[name] for name in unknown}, training, why)
+            return self._refusal({name: given[name] for name in unknown}, training, changed, why)
         return planned
 
-    def _refusal(self, given: Mapping[str, Any], training: bool, why: str) -> ValidationError:
+    def _refusal(self, given: Mapping[str, Any], training: bool, changed: Sequence[str], why: str) -> ValidationError:
         planned = {name for form in self.forms[self.running.index] for name, _ in form}
         new = sorted(name for name in given if name not in planned and given[name] is not None)
+        new += [f"config.{name} changed" for name in dict.fromkeys(changed)]
         where = f"call with {', '.join(new)}" if new else f"call {'in training' if training else 'in evaluation'}"
         return ValidationError(
             type(self.model).__name__ + f", {where}",
@@ -203,32 +233,9 @@ class CheckForm:
         )
 
     def _examples(self, schedule: Schedule, given: Mapping[str, Any]) -> Iterator[Inputs]:
-        """The call's arguments in the planned sizes, then in its own."""
         example = example_of(schedule.workload)
-        planned = self.named(example, {}) if isinstance(example, tuple) else dict(example)
-        kept = {name: value for name, value in given.items() if value is not None and _is_open(value)}
-        if any(name not in self.names and name.isdigit() for name in kept):
-            return
-        kept |= {"use_cache": False} if "use_cache" in kept else {}  # traces have none
-        common = [(v.shape, planned[k].shape) for k, v in kept.items() if _are_alike(v, planned.get(k))]
-        batch = {mine[0]: theirs[0] for mine, theirs in common if mine}
-        sizes = {n: m for mine, theirs in reversed(common) for n, m in zip(mine[1:], theirs[1:], strict=True)}
-
-        def stand_in(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            if value.dim() == 0 and not value.requires_grad:  # the tokens that a loss is divided by
-                return 1.0 if value.is_floating_point() else 1
-            shape = [(sizes if d else batch).get(n, n) for d, n in enumerate(value.shape)]
-            return torch.zeros(shape, dtype=value.dtype)
-
-        yield {
-            name: planned[name] if _are_alike(value, planned.get(name)) else _mapped(stand_in, value)
-            for name, value in kept.items()
-        }
-        yield {
-            name: _mapped(lambda v: v.detach() if isinstance(v, Tensor) else v, value) for name, value in kept.items()
-        }
+        if not any(name not in self.names and name.isdigit() for name, value in given.items() if value is not None):
+            yield from examples(self.named(example, {}) if isinstance(example, tuple) else dict(example), given)
 
 
 @contextmanager
@@ -241,7 +248,6 @@ def _no_modes() -> Iterator[None]:
 
 
 _tracing = threading.Lock()
-_PLAIN = (bool, int, float, str)
 
 
 def _form(graph: Graph, plan: Plan, schedule: Schedule) -> Form:
@@ -268,30 +274,3 @@ def _beside_calls(edits: ForwardEdits, graph: Graph) -> tuple[Any, ...]:
 
 def _equal(value: Any, default: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
-
-
-def _are_alike(value: Any, planned: Any) -> bool:
-    return isinstance(value, Tensor) and isinstance(planned, Tensor) and value.dim() == planned.dim()
-
-
-def _has_floats(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_floats, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_floats, value))
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _is_open(value: Any) -> bool:
-    """Whether it is made of tensors and plain values, so that a trace may take it."""
-    if isinstance(value, Mapping):
-        return all(map(_is_open, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_open, value))
-    return isinstance(value, (Tensor, type(None), *_PLAIN))
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """``value`` with every leaf changed, in containers of its types."""
-    leaves, spec = pytree.tree_flatten(value)
-    return pytree.tree_unflatten([change(leaf) for leaf in leaves], spec)
