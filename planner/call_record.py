@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from . import folding
+from .written_out import CODES, written_out
 
 TAG = "colrow_call"
 _MODULE_CALL = nn.Module._call_impl.__code__
@@ -205,6 +206,10 @@ class CallRecorder(TorchFunctionMode):
             return Shape.of(lengths, origin, read)
         if func in _COUNTS:
             self.measured.setdefault(_made_by(args[0], _tracer()), set()).update(range(args[0].dim()))
+        form = written_out(func, args, kwargs or {})
+        if form is not None:
+            with self:
+                return form(*args, **(kwargs or {}))
         module, frames = _caller(self.own)
         self.calls.append(RawCall(module, frames, func, _leaves(args, kwargs or {})))
         meta = torch.fx.traceback.current_meta
@@ -302,6 +307,7 @@ def _caller(own: frozenset[int]) -> tuple[nn.Module | None, tuple[tuple[CodeType
     """
     frame = sys._getframe(2)
     chain: list[tuple[CodeType, int]] = []
+    is_between = False  # a function written out and the call that it stands for
     while frame is not None:
         code = frame.f_code
         if code is _MODULE_CALL:
@@ -311,7 +317,9 @@ def _caller(own: frozenset[int]) -> tuple[nn.Module | None, tuple[tuple[CodeType
             chain.clear()
         file = code.co_filename
         internal = file.startswith(_TORCH) and not file.startswith(_LAYERS)
-        if file not in _OWN and file != _MODULES and (chain or not internal):
+        is_between = is_between and (internal or file in _OWN)
+        if not is_between and file not in _OWN and file != _MODULES and (chain or not internal):
             chain.append((code, frame.f_lasti))
+        is_between = is_between or code in CODES
         frame = frame.f_back  # type: ignore[assignment]
     return None, ()

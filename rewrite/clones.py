@@ -19,6 +19,7 @@ from colrow.cost_models.errors import ValidationError
 from colrow.planner.expressions import editable_steps
 from colrow.planner.sites import Frame, Span
 from colrow.planner.source_functions import CodeKey, cell_contents, functions_within, key_of, live_object, mangled
+from colrow.planner.written_out import WRITTEN_OUT
 
 from .source_edits import NAMES, callee_expression, edited_code, inherited_method
 
@@ -198,6 +199,7 @@ def _inherited(where: str, known: list[tuple[Callee, Callee]]) -> Callee:
 
 def _redirection(where: str, bodies: list[Body], known: list[tuple[Callee, Callee]]) -> Callee:
     """Calls the edited clone of the callee it is given."""
+    known += [(function, clone) for callee, clone in known for function, form in WRITTEN_OUT.items() if form is callee]
 
     def redirected(callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(callee, MethodType):

@@ -132,6 +132,11 @@ def inherited_method(function: ast.expr) -> str | None:
     return None
 
 
+FUSED_PATH = "torch.backends.mha.get_fastpath_enabled"
+"""What torch's own layers ask before they hand all their weights to one kernel for inference: an edited forward works
+on its part of them, and never does."""
+
+
 class _Edits(ast.NodeTransformer):
     """Replaces the nodes named in ``targets`` (id -> free variable), inner ones first."""
 
@@ -144,7 +149,8 @@ class _Edits(ast.NodeTransformer):
         name = self.targets.get(id(node))
         super().generic_visit(node)
         if name is None:
-            return node
+            is_asked = isinstance(node, ast.Call) and ast.unparse(node.func) == FUSED_PATH
+            return ast.copy_location(ast.Constant(False), node) if is_asked else node
         edited = self._replaced(cast(Expression, node), name)
         for new in edited if isinstance(edited, list) else [edited]:
             ast.fix_missing_locations(ast.copy_location(new, node))

@@ -26,7 +26,7 @@ def _sorted(*shape: int) -> Tensor:
     return p(*shape).sort(-1).values
 
 
-TWICE = r(2, 2)
+TWICE, LENGTH = r(2, 2), r(7)
 OFFSETS = torch.tensor([0, 2, 5])
 
 SEQUENCE_CASES: dict[str, list[Case]] = {
@@ -109,7 +109,7 @@ SEQUENCE_CASES: dict[str, list[Case]] = {
     "outer": [case(r(4), r(6))],
     "ger": [case(r(4), r(6))],
     "dot": [Case((r(6), r(6)), zero_pads=(1,)), Case((r(7), r(7)), zero_pads=(1,))],
-    "vdot": [Case((r(6), r(6)), zero_pads=(1,))],
+    "vdot": [Case((r(6), r(6)), zero_pads=(1,)), Case((LENGTH, LENGTH), zero_pads=(0,))],
     "mv": [Case((r(4, 6), r(6)), zero_pads=(0,))],
     "addmv": [Case((r(4), r(4, 6), r(6)), zero_pads=(1,)), case(r(4), r(4, 6), r(6), beta=2.0)],
     "inner": [Case((r(4, 6), r(3, 6)), zero_pads=(1,)), Case((r(6), r(6)), zero_pads=(1,))],
@@ -122,6 +122,7 @@ SEQUENCE_CASES: dict[str, list[Case]] = {
     "bilinear": [
         Case((r(2, 4), r(2, 6), r(3, 4, 6), r(3)), zero_pads=(2,)),
         Case((r(2, 4), r(2, 3), r(6, 4, 3)), zero_pads=(2,)),
+        Case((TWICE, TWICE, r(4, 2, 2)), zero_pads=(2,)),
     ],
     "kron": [case(r(4, 3), r(2, 2)), case(r(4), r(2, 2)), case(TWICE, TWICE)],
     "cdist": [case(r(4, 3, 2), r(4, 6, 2)), case(r(4, 3), r(6, 3)), case(r(4, 3), r(2, 6, 3))],

@@ -1,4 +1,7 @@
-"""Products beside the matmuls of layers: outer and Kronecker products, matrices times vectors, distances."""
+"""Products beside the matmuls of layers: outer and Kronecker products, matrices times vectors, distances.
+
+A product of a value with itself is not linear in it: both operands would be partial, which no rule here takes.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,18 @@ from .base import Operation, Result, all_whole, rule, wrapped
 from .products import Factors, factored
 
 
-def _apart(op: Operation) -> bool:
-    """No operand twice: a product with itself is not linear in it."""
-    return len({t.index for t in op.tensors}) == len(op.tensors)
-
-
 @factored("outer", "ger")
 def outer(op: Operation) -> Factors | None:
     """``m, n -> m n``."""
     a, b = op.argument(0), op.argument(1)
-    return Factors(((a, ("m",)), (b, ("n",))), ("m", "n")) if _apart(op) else None
+    return Factors(((a, ("m",)), (b, ("n",))), ("m", "n"))
 
 
 @factored("dot", "vdot")
 def dot(op: Operation) -> Factors | None:
     """``k, k ->``."""
     a, b = op.argument(0), op.argument(1)
-    return Factors(((a, ("k",)), (b, ("k",))), ()) if _apart(op) else None
+    return Factors(((a, ("k",)), (b, ("k",))), ())
 
 
 @factored("mv")
@@ -38,7 +36,7 @@ def mv(op: Operation) -> Factors | None:
 def addmv(op: Operation) -> Factors | None:
     """``m, m k, k -> m``: the addend is a bias, unless it is scaled."""
     added, matrix, vector = op.argument(0), op.argument(1), op.argument(2)
-    if not _apart(op) or op.node.keywords or op.shape(added) != op.node.shape:
+    if op.node.keywords or op.shape(added) != op.node.shape:
         return None
     return Factors(((matrix, ("m", "k")), (vector, ("k",))), ("m",), added)
 
@@ -47,7 +45,7 @@ def addmv(op: Operation) -> Factors | None:
 def inner(op: Operation) -> Factors | None:
     """``m.. k, n.. k -> m.. n..``."""
     a, b = op.argument(0), op.argument(1)
-    if not _apart(op) or not op.shape(a) or not op.shape(b):
+    if not op.shape(a) or not op.shape(b):
         return None
     left = tuple(f"m{i}" for i in range(len(op.shape(a)) - 1))
     right = tuple(f"n{i}" for i in range(len(op.shape(b)) - 1))
@@ -58,8 +56,6 @@ def inner(op: Operation) -> Factors | None:
 def tensordot(op: Operation) -> Factors | None:
     """The dims listed for both are summed; the others come out, the first operand's first."""
     a, b = op.argument(0), op.argument(1)
-    if not _apart(op):
-        return None
     left: list[str | None] = [f"m{i}" for i in range(len(op.shape(a)))]
     right: list[str | None] = [f"n{i}" for i in range(len(op.shape(b)))]
     summed = {(wrapped(i, len(left)), wrapped(j, len(right))) for i, j in zip(*_summed(op), strict=True)}
@@ -91,7 +87,7 @@ def vecdot(op: Operation) -> Factors | None:
     """``... k, ... k -> ...`` of equal shapes."""
     a, b = op.argument(0), op.argument(1)
     rank = len(op.shape(a))
-    if not _apart(op) or op.shape(a) != op.shape(b):
+    if op.shape(a) != op.shape(b):
         return None
     labels = [f"b{i}" for i in range(rank)]
     labels[wrapped(op.argument(2, "dim", -1), rank)] = "k"
@@ -102,8 +98,6 @@ def vecdot(op: Operation) -> Factors | None:
 def bilinear(op: Operation) -> Factors | None:
     """``... i, ... j, o i j -> ... o``."""
     a, b, weight = op.argument(0), op.argument(1), op.argument(2)
-    if not _apart(op):
-        return None
     lead = tuple(f"b{i}" for i in range(len(op.shape(a)) - 1))
     factors = ((a, (*lead, "i")), (b, (*lead, "j")), (weight, ("o", "i", "j")))
     return Factors(factors, (*lead, "o"), op.argument(3, "bias"))
@@ -114,8 +108,6 @@ def kron(op: Operation) -> Result:
     """Each element of the first times the whole second: the first may be split, each of its elements then a block;
     linear in each."""
     a, b = op.argument(0), op.argument(1)
-    if not _apart(op):
-        return WHOLE if all_whole(op) else None
     match op.placement(a), op.placement(b):
         case Shard(d, layout), Replicate():
             return Shard(d, layout.scaled(op.shape(b)[d])) if len(op.shape(a)) == len(op.shape(b)) else None
