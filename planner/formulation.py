@@ -314,7 +314,8 @@ class _Builder:
                 da, db = self.out.domains[va], self.out.domains[vb]
                 if va == vb or (len(da) == len(db) == 1):
                     continue
-                same = [[0 if _alike(x, y) else INFEASIBLE for y in db] for x in da]
+                both = self.graph.nodes[a].differentiable and self.graph.nodes[b].differentiable
+                same = [[0 if _alike(x, y, both) else INFEASIBLE for y in db] for x in da]
                 table = np.array(same, dtype=np.int64)
                 if (table == 0).any():
                     self.factors.append(Factor((va, vb), table))
@@ -363,8 +364,10 @@ def _is_cut(stored: Stored) -> bool:
     return isinstance(stored, Shard) and not stored.layout.elastic
 
 
-def _alike(a: Stored, b: Stored) -> bool:
-    """Equal, or split along the same dim of values that differ in length."""
+def _alike(a: Stored, b: Stored, gradients: bool) -> bool:
+    """Equal, or split along the same dim of values that differ in length; gradients count where both have one."""
+    if not gradients and isinstance(a, Replicate) and isinstance(b, Replicate):
+        return True
     if isinstance(a, Shard) and isinstance(b, Shard) and a.dim == b.dim:
         return a.layout == b.layout or a.layout.size != b.layout.size
     return a == b

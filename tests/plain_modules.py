@@ -136,6 +136,20 @@ class BagOfWords(nn.Module):
         return self.classify(self.bag(ids))
 
 
+@module((IDS[0], torch.zeros(BATCH, WIDTH, dtype=torch.float64)))
+class WideAndDeep(nn.Module):
+    """A linear model of many ids, one number each, beside a deep one of few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.EmbeddingBag(31, 1, mode="sum", padding_idx=2)
+        self.few = nn.EmbeddingBag(9, WIDTH, mode="max")
+        self.deep = nn.Sequential(nn.Linear(2 * WIDTH, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.wide(ids) + self.deep(torch.cat([x, self.few(ids % 9)], -1)))
+
+
 # Convolutions
 class Bottleneck(nn.Module):
     """ResNet's: three convolutions with batch norms, a shortcut."""
@@ -342,6 +356,20 @@ class Fourier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + torch.fft.fft2(x).real
         return x + self.mlp(x)
+
+
+@module(TOKENS)
+class GlobalFilter(nn.Module):
+    """GFNet: a complex filter per channel between a transform of the tokens and its inverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.filter = nn.Parameter(torch.randn(SEQ // 2 + 1, 48, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(F.gelu(self.up(x)), dim=1, norm="ortho") * torch.view_as_complex(self.filter)
+        return x + self.down(torch.fft.irfft(spectrum, n=x.shape[1], dim=1, norm="ortho"))
 
 
 @module(TOKENS)

@@ -55,21 +55,22 @@ def test_what_is_written_out_is_what_torch_computes(inputs: str, mask: str) -> N
     packed, bias = (None if own else r(3 * WIDTH, WIDTH)), r(3 * WIDTH)
     out_weight, out_bias = r(WIDTH, WIDTH), r(WIDTH)
     padding = PADDED[1] if inputs == "one example" else PADDED
-    for weights, average, padded, dropout in itertools.product(
-        (False, True), (False, True), (None, padding), (0.0, 0.4)
-    ):
 
-        def run(function: Callable[..., Any]) -> list[Tensor]:
-            torch.manual_seed(0)
-            leaves = [t.clone().requires_grad_() for t in (bias, out_weight)]
-            given: dict[str, Any] = {**own, "use_separate_proj_weight": bool(own), "need_weights": weights}
-            given |= {"average_attn_weights": average, "attn_mask": attn_mask, "key_padding_mask": padded}
-            sizes = (WIDTH, HEADS, packed, leaves[0], None, None, False, dropout, leaves[1], out_bias)
-            made = [t for t in function(query, key, value, *sizes, **given) if t is not None]
-            return [*made, *torch.autograd.grad(sum(t.sin().sum() for t in made), leaves)]
+    def run(function: Callable[..., Any], dropout: float, options: dict[str, Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        leaves = [t.clone().requires_grad_() for t in (bias, out_weight)]
+        given = {**own, "use_separate_proj_weight": bool(own), "attn_mask": attn_mask, **options}
+        sizes = (WIDTH, HEADS, packed, leaves[0], None, None, False, dropout, leaves[1], out_bias)
+        made = [t for t in function(query, key, value, *sizes, **given) if t is not None]
+        return [*made, *torch.autograd.grad(sum(t.sin().sum() for t in made), leaves)]
 
-        for got, want in zip(run(multi_head_attention), run(F.multi_head_attention_forward), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    both = (False, True)
+    for weights, average, padded, dropout in itertools.product(both, both, (None, padding), (0.0, 0.4)):
+        options = {"need_weights": weights, "average_attn_weights": average, "key_padding_mask": padded}
+        got = run(multi_head_attention, dropout, options)
+        want = run(F.multi_head_attention_forward, dropout, options)
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 class Attended(nn.Module):
