@@ -5,7 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from fuzz import attention, index_operators, product_operators, shape_operators  # noqa: F401  # rows and parts
+from fuzz import (  # noqa: F401  # rows and parts
+    attention,
+    images,
+    index_operators,
+    product_operators,
+    shape_operators,
+    spectral_operators,
+)
 from fuzz.parts import draw_part, normed, soup
 from fuzz.writer import Module, Scope, Value
 

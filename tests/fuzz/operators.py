@@ -148,9 +148,24 @@ def _reduction(w: Scope, v: Value, pool: list[Value], template: str) -> Value | 
     return w.let(template.format(a=v.text, d=dim), *v.shape[:at], *v.shape[at + 1 :])
 
 
-_of_templates("unary", UNARY, _unary)
-_of_templates("binary", BINARY, _binary)
-_of_templates("along", ALONG, _along)
+def unary(*templates: str) -> None:
+    """Adds rows of one value in and one of its shape out."""
+    _of_templates("unary", templates, _unary)
+
+
+def binary(*templates: str) -> None:
+    """Adds rows of two values of broadcastable shapes."""
+    _of_templates("binary", templates, _binary)
+
+
+def along(*templates: str) -> None:
+    """Adds rows that work along a dim and keep the shape."""
+    _of_templates("along", templates, _along)
+
+
+unary(*UNARY)
+binary(*BINARY)
+along(*ALONG)
 _of_templates("reduction", REDUCTIONS, _reduction)
 
 
