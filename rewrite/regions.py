@@ -193,7 +193,9 @@ class Region:
         readers: list[Reader] = []
         parameters: list[Tensor] = []
         self.is_installed = True
-        schedule = self.running.index if self.running is not None else 0
+        running, schedule = self.running, 0
+        if running is not None:
+            schedule = running.follow() if running.several and not running.is_forward else running.index
         for known in self.readers:
             reader = known.forms[schedule]
             owner, name = reader.slots[0]

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from colrow.cost_models.errors import UsageError
 from colrow.planner.plan_model import Schedule
 from colrow.planner.workloads import Length, phase_of
 
@@ -26,6 +28,10 @@ class Running:
         otherwise: Of the schedule for calls that do not come through the model: it takes any shapes.
         form: What is known of the running forward in the form it was called in.
         depth: Of forwards around blocks that are running, the model's own among them.
+        several: Whether there are several schedules.
+        is_forward: Whether the model's forward is running, and has chosen.
+        differentiated: By the last backward: the schedules of the forwards that it reached.
+        backward: Which one that was.
     """
 
     form: Form
@@ -34,6 +40,9 @@ class Running:
         self.otherwise = next(i for i, schedule in enumerate(schedules) if not schedule.lengths)
         self.index = self.otherwise
         self.depth = 0
+        self.several, self.is_forward = len(schedules) > 1, False
+        self.differentiated: set[int] = set()
+        self.backward = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Running:
         """Copies of a model share its edited functions, which look here."""
@@ -41,7 +50,48 @@ class Running:
 
     def stop(self) -> None:
         """The forward is over."""
-        self.index = self.otherwise
+        self.index, self.is_forward = self.otherwise, False
+
+    def follow(self) -> int:
+        """The schedule for a part that does not run in the model's forward: called by itself, or, under activation
+        checkpointing, in a backward that computes it again as the forward has.
+
+        Raises:
+            UsageError: The backward differentiates forwards of several schedules, or none that came to its end.
+        """
+        if torch._C._current_graph_task_id() < 0:
+            self.index = self.otherwise  # a backward may have broken off
+        else:
+            if len(self.differentiated) != 1:
+                raise UsageError(
+                    "activation checkpointing",
+                    "it is not known which schedule of the plan is to be computed again",
+                    got=f"a backward of {len(self.differentiated)} schedules",
+                    need="one, reached through the model's outputs",
+                    remedy="Run a backward of its own for every sequence length, from what the model returns.",
+                )
+            (self.index,) = self.differentiated
+        return self.index
+
+    def remember(self, output: Any) -> None:
+        """Have a backward from ``output`` know the schedule that made it."""
+        index = self.index
+
+        def reached(gradient: Tensor) -> None:
+            if self.backward != torch._C._current_graph_task_id():
+                self.backward = torch._C._current_graph_task_id()
+                self.differentiated.clear()
+                torch.autograd.Variable._execution_engine.queue_callback(self.forget)  # at the end of the backward
+            self.differentiated.add(index)
+
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(reached)  # type: ignore[no-untyped-call]
+
+    def forget(self) -> None:
+        """The backward is over."""
+        self.differentiated.clear()
+        self.stop()
 
 
 class ChooseSchedule:
@@ -62,6 +112,7 @@ class ChooseSchedule:
             numbers = [str(self.names.index(name))] if name in self.names else []
             given.update(dict.fromkeys([name, *numbers], value) if isinstance(value, Tensor) else {})
         self.running.index = chosen(self.schedules, given, torch.is_grad_enabled(), self.ranks)
+        self.running.is_forward = True
 
 
 class Stop:
@@ -72,6 +123,8 @@ class Stop:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Calls of parts of the model follow the schedule that takes any shapes."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.running.remember(output)
         self.running.stop()
 
 
