@@ -166,7 +166,7 @@ class Plan:
         split = sum(numel(p.shape) for p in weights if not p.is_whole)
         return split / total if total else 1.0
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the plan's content."""
         from .plan_file import digest_of

@@ -58,5 +58,9 @@ def written_whole(out: str) -> Iterator[Path]:
 @contextmanager
 def progress(text: str) -> Iterator[None]:
     """A spinner on stderr while something long runs; nothing where stderr is no terminal."""
-    with Console(stderr=True).status(text):
+    console = Console(stderr=True)
+    if not console.is_terminal:  # without the spinner's thread, ranks can be forked
+        yield
+        return
+    with console.status(text):
         yield

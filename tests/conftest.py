@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ torch.set_num_threads(1)
 # Deterministic and without a deadline: CI machines are shared, and a test that times is a defect.
 hypothesis.settings.register_profile("colrow", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("colrow")
+
+
+def pytest_collection_finish() -> None:
+    """A tenth of the suite's time were collections that walked all of torch: what is imported here is no garbage."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture
