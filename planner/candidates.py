@@ -118,7 +118,7 @@ def _seed(found: Candidates, node: Node) -> None:
             found.add(node.operands[0], 1, balanced(channels, ranks, channels // groups))
         for index in dict.fromkeys(node.operands):
             operand = nodes[index]
-            if operand.op == "parameter" and len(operand.shape) > 1:
+            if operand.op in ("parameter", "_weight_norm") and len(operand.shape) > 1:
                 for dim, length in enumerate(operand.shape):
                     found.add(index, dim, balanced(length, ranks))
 
