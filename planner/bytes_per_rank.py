@@ -24,6 +24,7 @@ def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Store
     """
     cached, trains = _cached_values(graph) if phase != "train" else {}, is_trained(graph)
     saved, bases = (saved_values(graph), base_values(graph)) if phase == "train" else (set(), [])
+    anew = {index for start, stop in graph.checkpointed for index in range(start, stop)}
 
     def of(node: Node, stored: Stored) -> MemoryBytes:
         if node.op in ("parameter", "buffer"):
@@ -33,7 +34,7 @@ def memory_of(graph: Graph, phase: Phase, context: int) -> Callable[[Node, Store
         held = _held(node, stored) * node.dtype.itemsize
         if phase == "train":
             own = bases[node.index] == node.index and node.template in saved
-            return MemoryBytes(activations=held * (own + kept_inside(node)))
+            return MemoryBytes(activations=held * (own + (kept_inside(node) and node.index not in anew)))
         if node.index in cached:
             length = max(1, node.shape[-2]) if len(node.shape) > 1 else 1
             return MemoryBytes(kv_cache=held * (length + context) // length)

@@ -257,7 +257,7 @@ class _Builder:
         """The operator's table, shared by equal operators."""
         values = [self.graph.nodes[i] for i in operands]
         key = (
-            (node.op, node.shape, node.dtype, node.outputs, node.differentiable, setting, ids),
+            (node.op, node.shape, node.dtype, node.outputs, node.differentiable, node.recomputed, setting, ids),
             _relative((node.arguments, node.keywords), {index: at for at, index in enumerate(operands)}),
             tuple((v.shape, v.dtype, v.differentiable, v.op == "parameter") for v in values),
         )

@@ -69,6 +69,7 @@ class Node:
         template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced.
         inner_call: A second call of an operator that several calls make up.
         measured: Dims whose length the model's code reads from this value.
+        recomputed: It runs again in the backward pass (`recomputation`).
         held: How many operators later the model's code still holds the value, read or not: a local of a function.
         operands: Indices of the values it reads, in argument order, repeats kept.
     """
@@ -89,6 +90,7 @@ class Node:
     inner_call: int = -1
     measured: frozenset[int] = frozenset()
     held: int = 0
+    recomputed: bool = False
     operands: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -154,6 +156,7 @@ class Graph:
         parameters: All parameter names, in the model's order.
         ties: Alias fqn -> the fqn whose parameter object it shares.
         blocks: In execution order.
+        checkpointed: Node ranges of the blocks whose inputs alone are kept for their backward passes (`recomputation`).
         whole: Nodes that share memory with a tensor changed in place; they stay replicated and unmoved.
         findings: What the trace assumed or could not see.
         assumptions: Facts of the trace a plan must record (dtype, mode, versions, implementations).
@@ -166,6 +169,7 @@ class Graph:
     parameters: list[str] = field(default_factory=list)
     ties: dict[str, str] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
+    checkpointed: tuple[tuple[int, int], ...] = ()
     whole: set[int] = field(default_factory=set)
     findings: list[str] = field(default_factory=list)
     assumptions: dict[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from .graph import Graph
 from .held_values import held_until
-from .saved_values import base_values, kept_inside, saved_values
+from .saved_values import base_values, kept_inside, recomputed_values, saved_values
 from .strategies import is_leaf
 
 
@@ -29,29 +29,48 @@ def forward_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> int:
 def training_peak_bytes(graph: Graph, nbytes: Sequence[int]) -> tuple[int, int]:
     """What is kept at the end of a forward pass, and the most alive at once in it and the backward pass after it.
 
-    A weight's new gradient counts while it is added to the one there is; those are counted elsewhere.
+    A weight's new gradient counts while it is added to the one there is; those are counted elsewhere. What a
+    checkpointed block makes anew is alive from then until the block's backward pass is over with it.
     """
-    nodes, saved = graph.nodes, saved_values(graph)
-    bases = base_values(graph)
+    nodes, bases = graph.nodes, base_values(graph)
+    saved, remade = saved_values(graph), recomputed_values(graph)
     last = _last_readers(graph, bases)
+    stop_of = {index: stop for start, stop in graph.checkpointed for index in range(start, stop)}
     size = len(nodes) + 2
-    forward, backward = [0] * size, [0] * size
+    forward, backward, again, stays_until, gradients = ([0] * size for _ in range(5))
     kept = 0
     for index in _made(graph, bases):
-        node, held = nodes[index], nbytes[index]
+        node, held, stop = nodes[index], nbytes[index], stop_of.get(index)
         inside = held if kept_inside(node) else 0
-        stays = node.template in saved
-        kept += inside + stays * held
+        stays = held if node.template in saved else 0
+        lasting = inside + stays if stop is None else stays
+        kept += lasting
         forward[index] += held + inside
-        forward[last[index] + 1] -= 0 if stays else held
-        backward[index] += inside + stays * held
+        forward[last[index] + 1] -= held - stays
+        backward[index] += lasting
+        stays_until[index] += lasting
+        if stop is not None:
+            forward[index + 1] -= inside
+            made_again = inside + (held if node.template in remade else 0)
+            for live, end in ((backward, stop), (again, stop)):
+                live[index] += made_again
+                live[end] -= made_again
+            if node.recomputed and not stays and node.template not in remade:
+                again[index] += held
+                again[min(last[index] + 1, stop)] -= held
         if node.differentiable:
-            backward[index] += held
-            backward[last[index] + 1] -= held
+            for live in (backward, gradients):
+                live[index] += held
+                live[last[index] + 1] -= held
         added = _gradients(graph, index, nbytes)
         backward[index] += added
         backward[index + 1] -= added
-    return kept, max(*accumulate(forward), *accumulate(backward))
+    peak = max(*accumulate(forward), *accumulate(backward))
+    if graph.checkpointed:
+        anew, there, coming = ([*accumulate(live)] for live in (again, stays_until, gradients))
+        for start, stop in graph.checkpointed:
+            peak = max(peak, there[stop - 1] + coming[stop] + max(anew[start:stop]))
+    return kept, peak
 
 
 def _gradients(graph: Graph, index: int, nbytes: Sequence[int]) -> int:

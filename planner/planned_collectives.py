@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .formulation import Formulation
@@ -15,7 +15,7 @@ from .rules.pointwise import JOINT
 from .storing import Stored
 from .strategies import Choice, apply_rule, is_leaf, reads
 
-Category = Literal["block", "statistic", "parameter_gradient", "embedding", "head", "loss"]
+Category = Literal["block", "statistic", "parameter_gradient", "embedding", "head", "loss", "recomputation"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def planned_collectives(
             ps = pricing.collective("all_reduce", nbytes)
             at, why = (node.module, block_of(node.module)), f"{node.op} of split classes"
             forward.append(Collective("all_reduce", nbytes, "forward", workload, *at, why, "loss", "", ps))
+            if node.recomputed:
+                backward.append(_again(forward[-1]))
         if choice.move is None:
             continue
         step = choice.move
@@ -118,6 +120,8 @@ def planned_collectives(
                     ps,
                 )
             )
+            if direction == "forward" and node.recomputed:
+                backward.append(_again(into[-1]))
     for path, step in split_outputs:
         node = graph.nodes[graph.outputs[graph.output_paths.index(path)]]
         if step.forward == "all_gather":
@@ -126,6 +130,13 @@ def planned_collectives(
             at, why = (node.module, block_of(node.module)), "the model's output"
             forward.append(Collective("all_gather", nbytes, "forward", workload, *at, why, "head", "", ps))
     return forward + list(reversed(backward)) + _parameter_gradients(formulation, stored, workload, block_of)
+
+
+def _again(forward: Collective) -> Collective:
+    """The same when the block is computed again."""
+    return replace(
+        forward, direction="backward", forced_by=f"recomputation: {forward.forced_by}", category="recomputation"
+    )
 
 
 def _moved_bytes(node: Node, step: Move) -> int:

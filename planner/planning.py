@@ -21,6 +21,7 @@ from .parameter_words import described_parameters
 from .pins import refuse_pins_of_nothing, refuse_unmet_pins
 from .plan_model import Plan, PlannedCost, Schedule
 from .pricing import Cost, Phase
+from .recomputation import check_checkpointing
 from .rules import RULES
 from .site_settings import Options
 from .solving import Solved, solve_jointly
@@ -45,6 +46,7 @@ def plan(
     sequence_parallel: bool | Literal["auto"] = False,
     replicate: Literal["never", "auto"] = "never",
     outputs: Literal["whole", "sharded"] = "whole",
+    checkpointing: Literal["none", "blocks"] = "none",
     memory_gb: float | None = None,
     pin: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -65,6 +67,9 @@ def plan(
         replicate: ``never`` splits every weight that can be split; ``auto`` minimises time alone.
         outputs: ``whole``, or ``sharded``: returned values may stay split where gathering them would cost (logits, for
             a parallel cross entropy); the plan's schedules say which do.
+        checkpointing: ``blocks``: the model is trained with `gradient_checkpointing_enable` of Hugging Face, or with
+            every block under `torch.utils.checkpoint` (``use_reentrant=False``): of a block its inputs are kept, and
+            its forward runs again in the backward pass, collectives included.
         memory_gb: Cap per rank, 1 GB = 1e9 bytes; None: the hardware's.
         pin: fnmatch pattern of a parameter or module path -> ``column``, ``row``, ``vocab`` or ``replicated``.
 
@@ -75,6 +80,7 @@ def plan(
             `LayoutError` the weight that cannot be placed as it is pinned.
     """
     _check(tp, phase, sequence_parallel, replicate, outputs, pin)
+    check_checkpointing(checkpointing, [phase_of(name) for name in workloads or (phase,)], sequence_parallel)
     refuse_unsuitable(model)
     if pin:
         refuse_pins_of_nothing(pin, (name for name, _ in model.named_parameters(remove_duplicate=False)))
@@ -86,6 +92,7 @@ def plan(
         pin=dict(pin or {}),
         sequence_parallel=sequence_parallel,
         outputs=outputs,
+        checkpointing=checkpointing,
         editable=can_edit,
     )
     try:
@@ -201,6 +208,7 @@ def plan_of(
             "replicate": options.replicate,
             "sequence_parallel": options.sequence_parallel,
             "outputs": options.outputs,
+            "checkpointing": options.checkpointing,
             "pin": dict(options.pin),
             "memory_gb": memory_gb,
         },

@@ -34,6 +34,10 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.forward_ps + other.forward_ps, self.backward_ps + other.backward_ps)
 
+    def again(self) -> Cost:
+        """Of what runs once more in the backward pass."""
+        return Cost(self.forward_ps, self.backward_ps + self.forward_ps)
+
     def times(self, count: int) -> Cost:
         """Of ``count`` equal ones."""
         return Cost(count * self.forward_ps, count * self.backward_ps)

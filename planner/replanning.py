@@ -15,11 +15,12 @@ from .graph import Graph
 from .lowering import lower
 from .plan_model import Plan, Schedule
 from .planning import plan_of, schedule_of
+from .recomputation import mark_recomputed
 from .site_settings import Options
 from .solver import solve
 from .solving import Solved, pricing_of
 from .trace import Inputs, trace
-from .workloads import example_of
+from .workloads import example_of, phase_of
 
 
 def replan(model: nn.Module, example_inputs: Inputs | None, edited: Plan, hardware: Hardware | None = None) -> Plan:
@@ -48,6 +49,7 @@ def replan(model: nn.Module, example_inputs: Inputs | None, edited: Plan, hardwa
         replicate=edited.options["replicate"],
         sequence_parallel=edited.options["sequence_parallel"],
         outputs=edited.options["outputs"],
+        checkpointing=edited.options.get("checkpointing", "none"),
         pin=edited.options["pin"],
     )
     return plan_of(solved, schedules, edited.name, profile, options, edited.options["memory_gb"])
@@ -74,9 +76,11 @@ def recheck(graph: Graph, edited: Plan, hardware: Hardware, schedule: Schedule |
         replicate=edited.options["replicate"],
         sequence_parallel=False if schedule.stands_in else edited.options["sequence_parallel"],
         outputs=edited.options["outputs"],
+        checkpointing=edited.options.get("checkpointing", "none"),
         fixed_parameters=parameters,
         fixed_edits=schedule.edits,
     )
+    mark_recomputed(graph, options.checkpointing == "blocks" and phase_of(schedule.workload.name) == "train")
     try:
         formulation = formulate(graph, pricing_of(schedule.workload, edited.tp, hardware), options)
         solution = solve(formulation.problem)

@@ -48,34 +48,67 @@ _TURNS = frozenset({"transpose", "permute", "movedim", "swapaxes", "t", "mT", "e
 
 
 def saved_values(graph: Graph) -> set[int]:
-    """Templates of the nodes of which a copy's value is kept, leaves left out; unknown operators keep all they read
-    and make."""
+    """Templates of the nodes of which a copy's value is kept from the forward pass on, leaves left out: what
+    operators read again, and of blocks that are checkpointed all they are given instead."""
+    return _saved(graph)[0]
+
+
+def recomputed_values(graph: Graph) -> set[int]:
+    """Templates of the nodes of which a copy's value is kept while its own checkpointed block is differentiated."""
+    outside, inside = _saved(graph)
+    return inside - outside
+
+
+def _saved(graph: Graph) -> tuple[set[int], set[int]]:
     nodes, bases = graph.nodes, base_values(graph)
-    saved: set[int] = set()
-
-    def keep(index: int) -> None:
-        base = nodes[bases[index]]
-        if not is_leaf(base):
-            saved.add(base.template)
-
+    block_of = _checkpointed(graph)
+    found: tuple[set[int], set[int]] = set(), set()
     seen: set[tuple[object, ...]] = set()
     for node in nodes:
-        if is_leaf(node) or not node.differentiable or node.op in VIEWS or node.op in NOTHING:
+        if is_leaf(node):
             continue
         key = (node.template, *[nodes[bases[i]].template for i in node.operands])
         if key in seen:
             continue
         seen.add(key)
-        if node.op in FACTORS:
-            for n, index in enumerate(node.operands):
-                if any(nodes[i].differentiable for m, i in enumerate(node.operands) if m != n):
-                    keep(index)
-        elif node.op in OPERAND or node.op not in RESULT:
-            for index in node.operands[: 1 if node.op in OPERAND else None]:
-                keep(index)
-        if node.op in RESULT or not (node.op in FACTORS or node.op in OPERAND):
-            keep(node.index)
-    return saved
+        block = block_of[node.index]
+        for index in (*_kept_by(graph, node), *(node.operands if block else ())):
+            base = nodes[bases[index]]
+            own = block and block == block_of[base.index]
+            if not is_leaf(base) and not (own and index not in _kept_by(graph, node)):
+                found[bool(own)].add(base.template)
+    return found
+
+
+def _checkpointed(graph: Graph) -> list[int]:
+    """For every node its checkpointed block, counted from 1; 0 outside."""
+    block_of = [0] * len(graph.nodes)
+    for number, (start, stop) in enumerate(graph.checkpointed, 1):
+        block_of[start:stop] = [number] * (stop - start)
+    return block_of
+
+
+def saves(graph: Graph, node: Node) -> bool:
+    """Whether anything is kept for the operator's derivative, leaves among it."""
+    return bool(_kept_by(graph, node)) or kept_inside(node)
+
+
+def _kept_by(graph: Graph, node: Node) -> tuple[int, ...]:
+    """The operands, and itself, that are kept for a node's derivative; unknown operators keep all they read and
+    make."""
+    nodes, op = graph.nodes, node.op
+    if is_leaf(node) or not node.differentiable or op in VIEWS or op in NOTHING:
+        return ()
+    kept: tuple[int, ...] = ()
+    if op in FACTORS:
+        kept = tuple(
+            index
+            for n, index in enumerate(node.operands)
+            if any(nodes[i].differentiable for m, i in enumerate(node.operands) if m != n)
+        )
+    elif op in OPERAND or op not in RESULT:
+        kept = node.operands[: 1 if op in OPERAND else None]
+    return (*kept, node.index) if op in RESULT or not (op in FACTORS or op in OPERAND) else kept
 
 
 def kept_inside(node: Node) -> bool:

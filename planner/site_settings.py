@@ -32,6 +32,8 @@ class Options:
         sequence_parallel: Split the sequence between matmuls wherever it can be (True), where it is faster
             (``auto``), or not.
         outputs: ``whole``, or ``sharded``: what the model returns may stay split.
+        checkpointing: ``blocks``: in training, of every outermost block its inputs alone are kept, and its forward runs
+            again when its backward pass comes.
         memory_cap: Bytes per rank for what the memory factors count.
         editable: Reason why a call site cannot be edited; None if it can.
         frozen: Sites (module, frames) that must not be edited.
@@ -43,6 +45,7 @@ class Options:
     pin: Mapping[str, str] = field(default_factory=dict)
     sequence_parallel: bool | Literal["auto"] = False
     outputs: Literal["whole", "sharded"] = "whole"
+    checkpointing: Literal["none", "blocks"] = "none"
     memory_cap: int | None = None
     editable: Callable[[tuple[Frame, ...]], str | None] = lambda frames: None
     frozen: frozenset[object] = frozenset()

@@ -15,6 +15,7 @@ from .joint import integer_weights, joined, offsets_of, solve_together
 from .lowering import Lowered, SiteConflict, lower
 from .placement import WHOLE
 from .pricing import Pricing
+from .recomputation import mark_recomputed
 from .site_settings import Options
 from .solver import solve
 from .workloads import Workload, phase_of
@@ -38,6 +39,8 @@ def solve_jointly(
 ) -> tuple[list[Solved], Options]:
     """Solves for all workloads at once; calls that would need two different edits are frozen, and it is solved
     again."""
+    for w, graph in traced:
+        mark_recomputed(graph, options.checkpointing == "blocks" and phase_of(w.name) == "train")
     of = [memory_of(graph, phase_of(w.name), w.context) for w, graph in traced]
     heaviest = 0
     if len(traced) > 1:

@@ -105,4 +105,5 @@ def price_move(node: Node, made: Stored, target: Stored, setting: Setting, prici
     if node.dtype.is_complex and not step.is_free:
         return None  # collectives add real numbers
     cost = pricing.move(step, node.nbytes)
-    return cost if node.differentiable else Cost(cost.forward_ps, 0)
+    cost = cost if node.differentiable else Cost(cost.forward_ps, 0)
+    return cost.again() if node.recomputed else cost

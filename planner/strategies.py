@@ -135,6 +135,8 @@ def choices(
             changes += Cost(pricing.collective("all_reduce", nbytes))
         single = None if isinstance(base, tuple) else base
         compute = pricing.compute(node, by_index, {i: p for i, p in placed.items() if not isinstance(p, tuple)}, single)
+        if node.recomputed:
+            compute, changes = compute.again(), changes.again()
         values = [nodes[i] for i in operands]
         for made in _with_gradients(node, base, combination, values):
             yield combination, made, compute, changes

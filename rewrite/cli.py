@@ -83,6 +83,12 @@ def main() -> None:
     """
 
 
+checkpointing_of = click.option(
+    "--checkpointing", type=click.Choice(["none", "blocks"]), default="none", show_default=True,
+    help="blocks: training keeps blocks' inputs alone and runs blocks again.",
+)  # fmt: skip
+
+
 def _pins(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     pins = {}
     for value in values:
@@ -107,6 +113,7 @@ def _pins(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
     "--sequence-parallel", type=click.Choice(["off", "on", "auto"]), default="off", show_default=True,
     help="Split the sequence between matmuls.",
 )  # fmt: skip
+@checkpointing_of
 @click.option(
     "--replicate", type=click.Choice(["never", "auto"]), default="never", show_default=True,
     help="never: split every weight that can be; auto: least time.",
@@ -319,6 +326,7 @@ def coverage(**options: Any) -> None:
 @click.option("--phase", type=click.Choice(["prefill", "decode", "train"]), default="prefill", show_default=True)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32", "fp64"]), default="bf16", show_default=True)
 @click.option("--sequence-parallel", type=click.Choice(["off", "on", "auto"]), default="off", show_default=True)
+@checkpointing_of
 @click.option("--memory-gb", type=Finite(min=0, min_open=True), help="Cap per rank, 1 GB = 1e9 bytes.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Also draw the charts into this .png or .svg.")
 @as_json

@@ -80,6 +80,8 @@ def _workload(plan: Plan, n: int, schedule: Schedule) -> Iterator[str]:
         yield f"{indent}sequence split where {where}; elsewhere whole: {stands_in} a step"
     elif plan.options.get("sequence_parallel"):
         yield f"{indent}sequence not split"
+    if plan.options.get("checkpointing") == "blocks" and w.phase == "train":
+        yield f"{indent}blocks checkpointed: computed again in the backward pass"
 
 
 def _asked(length: Length, ranks: int) -> str:

@@ -38,6 +38,7 @@ def sweep_command(
     phase: Literal["prefill", "decode", "train"],
     dtype: str,
     sequence_parallel: str,
+    checkpointing: Literal["none", "blocks"],
     memory_gb: float | None,
     out: str | None,
     as_json: bool,
@@ -49,7 +50,9 @@ def sweep_command(
     splits: dict[str, bool | Literal["auto"]] = {"off": False, "on": True, "auto": "auto"}
     with Console(stderr=True).status("") as status:
         points = list(
-            sweep_points(source, phase, dtype, axes, splits[sequence_parallel], memory_gb, said=status.update)
+            sweep_points(
+                source, phase, dtype, axes, splits[sequence_parallel], memory_gb, checkpointing, said=status.update
+            )
         )
     found = crossovers(points)
     verdicts = _verdicts(points, {profile.name: profile for profile in axes.hardware})

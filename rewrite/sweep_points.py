@@ -21,6 +21,7 @@ from colrow.planner.plan_model import Plan
 from colrow.planner.planned_collectives import Collective
 from colrow.planner.planning import plan_graph
 from colrow.planner.pricing import Phase
+from colrow.planner.recomputation import check_checkpointing
 from colrow.planner.site_settings import Options
 from colrow.planner.sources import Source, load_source
 from colrow.planner.suitability import refuse_unsuitable
@@ -153,6 +154,7 @@ def sweep_points(
     axes: Axes,
     sequence_parallel: bool | Literal["auto"] = False,
     memory_gb: float | None = None,
+    checkpointing: Literal["none", "blocks"] = "none",
     said: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Point]:
     """Every combination, tp varying fastest.
@@ -164,13 +166,15 @@ def sweep_points(
         axes: What is varied.
         sequence_parallel: As `planner.plan` takes it.
         memory_gb: Cap per rank; None: each profile's.
+        checkpointing: As `planner.plan` takes it.
         said: Is told what is being done.
 
     Raises:
         SourceError: The source cannot be read.
         TraceError: It cannot be traced.
     """
-    options = Options(sequence_parallel=sequence_parallel, editable=can_edit)
+    check_checkpointing(checkpointing, (phase,), sequence_parallel)
+    options = Options(sequence_parallel=sequence_parallel, checkpointing=checkpointing, editable=can_edit)
     for batch in axes.batch:
         for seq in axes.seq:
             said(f"Tracing {source}, batch {batch}, {seq} tokens")

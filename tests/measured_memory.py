@@ -122,6 +122,8 @@ def _trained(model: nn.Module, inputs: dict[str, Any], made: Plan) -> dict[str, 
     torch.set_num_threads(1)
     model = parallelize(model, made) if made.tp > 1 else model
     model.config.use_cache = False
+    if made.options["checkpointing"] == "blocks":
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     model(**inputs).loss.backward()
     optimizer.step()

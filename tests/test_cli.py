@@ -98,13 +98,14 @@ def test_version(colrow):
 
 CONTRACT = {
     "plan": "--tp --phase --batch --seq --context --dtype --hardware --memory-gb --sequence-parallel --replicate --pin "
-    "--from --out --json",
+    "--checkpointing --from --out --json",
     "show": "--json",
     "check": "--max-all-reduces --max-all-reduces-per-block --max-bytes --direction --min-sharded --require-proven "
     "--json",
     "verify": "--tp --plan --small --ranks --json",
     "run": "--tp --plan --prompt-ids --tokens",
-    "sweep": "--tp --batch --seq --hardware --link-speed --phase --dtype --sequence-parallel --memory-gb --out --json",
+    "sweep": "--tp --batch --seq --hardware --link-speed --phase --dtype --sequence-parallel --memory-gb --out --json "
+    "--checkpointing",
     "calibrate": "--ranks --out --json",
     "hardware": "--json",
 }
@@ -196,6 +197,7 @@ def test_options_reach_the_planner(colrow, cwd, monkeypatch):
         "phase": "decode",
         "context": 9,
         "sequence_parallel": "auto",
+        "checkpointing": "none",
         "replicate": "auto",
         "memory_gb": 3.5,
         "pin": {"*.up": "column", "a=b": "row"},
