@@ -65,10 +65,7 @@ class Reader:
         return local_part(stored, dim, layout, rank)
 
     def clear(self, stored: DTensor, grad: bool) -> None:
-        """Zero the padding. Gradients leave it zero; noise, a hook on the parameter or an initialisation do not.
-
-        Without ``grad`` only a changed parameter is looked at: decoding has no time for more.
-        """
+        """Zero the padding: noise or an initialisation may have filled it. Without ``grad`` only if a version tells."""
         if (grad or stored._version != self.cleared) and not stored._local_tensor.is_inference():
             for at in self.padding:
                 stored._local_tensor.data.narrow(*at).zero_()  # not seen by autograd: nothing reads padding
@@ -128,6 +125,17 @@ def refuse_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> None:
                 "it was changed in place between a forward and its backward",
                 remedy="Finish every backward before the optimiser's step, or run the forward again after it.",
             )
+
+
+def refuse_replaced(fqn: str, value: Any) -> None:
+    """Raises UsageError: ``value`` is no DTensor, so it is not known what this rank holds of it."""
+    raise UsageError(
+        fqn,
+        "the model was called with something else in the place of this parameter",
+        got=type(value).__name__,
+        need="a DTensor placed as the rewrite stored it",
+        remedy="Load dense values with load_state_dict; torch.func.grad does not take a rewritten model.",
+    )
 
 
 def make_stored(found: list[Any], readers: list[Reader], group: TpGroup) -> None:
@@ -200,7 +208,10 @@ class Region:
             reader = known.forms[schedule]
             owner, name = reader.slots[0]
             p: Any = owner._parameters[name]
-            if len(p._spec.placements) != 1:  # FSDP2 has it in pieces
+            stored = getattr(p, "_spec", None)
+            if stored is None:
+                refuse_replaced(reader.spec.fqn, p)
+            elif len(stored.placements) != 1:  # FSDP2 has it in pieces
                 self.remove()
                 self.hand_on()
                 self.depth -= 1
@@ -216,8 +227,8 @@ class Region:
                     owner.__dict__[name] = view
         if readers:
             if torch.compiler.is_compiling():
-                stored = [cast(DTensor, p).to_local() for p in parameters]
-                views = _ReadTraced.apply(readers, self.group, *stored)  # type: ignore[no-untyped-call]
+                local = [cast(DTensor, p).to_local() for p in parameters]
+                views = _ReadTraced.apply(readers, self.group, *local)  # type: ignore[no-untyped-call]
             else:
                 views = _Read.apply(readers, self.group, *parameters)  # type: ignore[no-untyped-call]
             for reader, view in zip(readers, views, strict=True):

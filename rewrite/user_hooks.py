@@ -188,7 +188,8 @@ class _Entry:
             raise UsageError(
                 self.path,
                 f"{type(module).__name__} was called by itself, and {wrong}",
-                remedy="Call the model, or plan with this module's own inputs.",
+                remedy="Call the model, as model(...): model.forward(...) leaves out what the rewrite does around it. "
+                "Or plan with this module's own inputs.",
             )
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:

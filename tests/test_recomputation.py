@@ -82,3 +82,11 @@ def test_two_schedules_in_one_backward_are_refused(reentrant: bool) -> None:
         gradients(model, together=False)  # nothing is left behind
 
     run_ranks(run, 2)
+
+
+def test_a_forward_without_its_hooks_says_what_to_call() -> None:
+    def run() -> None:
+        with pytest.raises(UsageError, match=r"Call the model, as model\(...\): model.forward\(...\) leaves out"):
+            parallelize(copy.deepcopy(DENSE), PLAN).forward(EVEN)
+
+    run_ranks(run, 2)

@@ -146,3 +146,18 @@ def test_gradients_of_parameters_are_not_differentiated_again() -> None:
             torch.autograd.grad(loss_of(model), list(model.parameters()), create_graph=True)
 
     run_ranks(run, 2)
+
+
+def test_dense_tensors_in_the_place_of_parameters_are_refused() -> None:
+    def run() -> None:
+        model = split(copy.deepcopy(DENSE), 2)
+        stored, dense = dict(model.named_parameters()), dict(DENSE.named_parameters())
+        torch.testing.assert_close(torch.func.functional_call(model, stored, (inputs(),)), DENSE(inputs()))
+        with pytest.raises(UsageError, match="something else in the place of this parameter"):
+            torch.func.functional_call(model, dense, (inputs(),))
+        with pytest.raises(UsageError, match="something else in the place of this parameter"):
+            torch.func.grad(lambda values: torch.func.functional_call(model, values, (inputs(),)).sum())(stored)
+        assert not views(model)
+        loss_of(model).backward()
+
+    run_ranks(run, 2)
