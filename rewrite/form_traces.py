@@ -86,7 +86,7 @@ def examples(planned: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[d
     def without_past(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        queries, keys = value.shape[-2:] if value.dim() > 2 else (0, 0)
+        queries, keys = value.shape[-2:] if value.dim() > 3 else (0, 0)  # hidden states have three dims
         return value.detach()[..., keys - queries :] if queries in sizes and keys > queries else value.detach()
 
     yield {
