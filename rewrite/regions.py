@@ -88,7 +88,9 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, readers: list[Reader], group: TpGroup, *parameters: DTensor) -> tuple[Tensor, ...]:
         ctx.readers, ctx.group, ctx.parameters = readers, group, parameters
-        ctx.versions = [p._version for p in parameters]
+        ctx.version = parameters[
+            -1
+        ]._version  # one stands for all: reading each would cost more than the check is worth
         ctx.set_materialize_grads(False)  # a parameter no output depends on keeps its None
         rank = group.rank
         return tuple(
@@ -98,7 +100,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() or [p._version for p in ctx.parameters] != ctx.versions:
+        if torch.is_grad_enabled() or ctx.parameters[-1]._version != ctx.version:
             refuse_backward(ctx, gradients)
         found: list[Any] = list(gradients)
         make_stored(found, ctx.readers, ctx.group)
@@ -110,7 +112,8 @@ def refuse_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> None:
     """What would be silently wrong: autograd does not see inside a DTensor, nor a gradient that is delivered.
 
     Raises:
-        UsageError: ``create_graph``; or a parameter that gets a gradient was changed in place since the forward.
+        UsageError: ``create_graph``; or the last parameter of the region, if it gets a gradient, was changed in place
+            since the forward, as an optimiser's step does.
     """
     if torch.is_grad_enabled():
         raise UsageError(
@@ -118,13 +121,12 @@ def refuse_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> None:
             "gradients of parameters cannot be differentiated again after the rewrite (create_graph=True)",
             remedy="Differentiate twice with respect to inputs only, or train the dense model.",
         )
-    for reader, p, version, gradient in zip(ctx.readers, ctx.parameters, ctx.versions, gradients, strict=True):
-        if gradient is not None and p._version != version:
-            raise UsageError(
-                reader.spec.fqn,
-                "it was changed in place between a forward and its backward",
-                remedy="Finish every backward before the optimiser's step, or run the forward again after it.",
-            )
+    if gradients[-1] is not None:
+        raise UsageError(
+            ctx.readers[-1].spec.fqn,
+            "it was changed in place between a forward and its backward",
+            remedy="Finish every backward before the optimiser's step, or run the forward again after it.",
+        )
 
 
 def refuse_replaced(fqn: str, value: Any) -> None:
