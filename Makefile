@@ -7,6 +7,7 @@
 # make bench-memory  predicted against measured bytes of a rank: 4 models, 2 sizes, training and prefill
 # make bench-peers   transformers' own tensor parallelism beside colrow, on 2 gloo ranks: docs/PEER_PLANS.md (resumes)
 # make coverage  every model type of transformers, traced, planned and verified: docs/COVERAGE.md (hours; resumes)
+# make coverage-check   a dozen rows of docs/coverage.json that this code made, chosen by the commit, run again
 # Each makes .venv first, from constraints.txt. A PYTHON of your own: make test PYTHON=/path/to/python3.11
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -15,7 +16,7 @@ STAMP := .venv/.installed
 # One thread per process: the suite starts several ranks at a time, and CPU seconds are only comparable that way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test coverage bench bench-costs bench-links bench-memory bench-peers fuzz clean
+.PHONY: demo test coverage coverage-check bench bench-costs bench-links bench-memory bench-peers fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -28,6 +29,9 @@ test: $(STAMP)
 
 coverage: $(STAMP)
 	$(BIN)/colrow coverage --jobs 2
+
+coverage-check: $(STAMP)
+	$(BIN)/python -m colrow.rewrite.coverage_check
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench/run.py
