@@ -88,9 +88,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, readers: list[Reader], group: TpGroup, *parameters: DTensor) -> tuple[Tensor, ...]:
         ctx.readers, ctx.group, ctx.parameters = readers, group, parameters
-        ctx.version = parameters[
-            -1
-        ]._version  # one stands for all: reading each would cost more than the check is worth
+        ctx.version = parameters[-1]._version  # one stands for all: each costs as much as a small operator
         ctx.set_materialize_grads(False)  # a parameter no output depends on keeps its None
         rank = group.rank
         return tuple(

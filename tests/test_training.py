@@ -96,6 +96,36 @@ def test_same_as_dense(train: Callable[[nn.Module], Any]) -> None:
     same(train)
 
 
+def test_adamw_makes_a_step_of_rounding() -> None:
+    """Why float64 models that compute in float32 (upcasting norms) differ after AdamW, with any clipping: a gradient
+    near eps is rounding, and lr * g / (|g| + eps) is a step of its own. Without rounding the same entry is right.
+    """
+
+    def stepped(gradient: float, eps: float) -> float:
+        p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        p.grad = torch.tensor([gradient], dtype=torch.float64)
+        torch.optim.AdamW([p], lr=1e-2, eps=eps).step()
+        return float(p.detach())
+
+    of_float32 = 1e-8  # of gradients near 0.1
+    assert abs(stepped(of_float32, 1e-8) - stepped(2 * of_float32, 1e-8)) > 1e-3
+    assert abs(stepped(of_float32, 1e-5) - stepped(2 * of_float32, 1e-5)) < 1e-4  # as `verify` has it
+
+
+def clipped_adamw(model: nn.Module) -> None:
+    """With eps at its default: the model computes in float64 throughout."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=bool(step))
+        optimizer.step()
+
+
+def test_clipped_adamw_is_exact_where_nothing_computes_in_float32() -> None:
+    same(clipped_adamw)
+
+
 def test_noise_in_padding_is_not_seen_in_evaluation() -> None:
     dense = copy.deepcopy(DENSE)
     with torch.no_grad():
