@@ -21,6 +21,7 @@ from .folding import Folding
 from .graph import VIEWS, Block, Call, Graph, Node, Ref
 from .head_groups import fuse_repeats
 from .held_values import HeldValues
+from .opaque import NO_GRADIENT
 from .rules.base import wrapped
 from .sites import Site, frame_of
 
@@ -256,6 +257,7 @@ class _Lifting:
         made.differentiable = (
             dtype in _FLOATS
             and name not in _NO_GRADIENT
+            and not node.meta.get(NO_GRADIENT)
             and any(self.graph.nodes[i].differentiable for i in made.operands)
         )
         made.module = _module_path(node)

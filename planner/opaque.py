@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 from .call_record import CallRecorder, itself
 
 OPERATOR = "opaque_module"
+NO_GRADIENT = "colrow_no_gradient"
+"""Set in the metadata of an FX node through which no gradient flows."""
 ATTEMPTS = 12  # traces of one model, each with one more kind of module left as it is
 LARGEST = 8e9  # bytes of a module that is run to see what shapes it returns
 SCALE = 0.02  # of random weights
@@ -129,16 +132,39 @@ def _shapes(
         raise CannotRun(path, f"its weights have more than {LARGEST / 1e9:g} GB")
     if unknown := next((name for name, value in module.named_buffers() if _decides(value)), None):
         raise CannotRun(path, f"{unknown} may decide its shapes, and its value is not known")
-    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        state = {name: _real(value, SCALE) for name, value in _state(module)}
-        given = pytree.tree_map_only(Tensor, _real, (args, kwargs))
-        try:
-            with _reparametrize_module(module, state):
-                result = forward(*given[0], **given[1])
-        except Exception as error:  # the module's own code, on values that are a guess
-            raise CannotRun(path, f"{type(error).__name__}: {error}") from error
-    return pytree.tree_flatten(result)
+    refused: Exception | None = None
+    for with_gradients in (True, False):  # a module may refuse them: then all it returns counts as differentiable
+        with (
+            unset_fake_temporarily(),
+            disable_proxy_modes_tracing(),
+            torch.set_grad_enabled(with_gradients),
+            torch.random.fork_rng(devices=[]),
+        ):
+            torch.manual_seed(0)
+            state = {name: _leaf(value, with_gradients, SCALE) for name, value in module.named_parameters()}
+            state |= {name: _real(value, SCALE) for name, value in module.named_buffers()}
+            given = pytree.tree_map_only(Tensor, partial(_leaf, with_gradients=with_gradients), (args, kwargs))
+            try:
+                with _reparametrize_module(module, state):
+                    leaves, spec = pytree.tree_flatten(forward(*given[0], **given[1]))
+            except Exception as error:  # the module's own code, on values that are a guess
+                refused = error
+                continue
+            return [_with_gradient(leaf, with_gradients) for leaf in leaves], spec
+    raise CannotRun(path, f"{type(refused).__name__}: {refused}") from refused
+
+
+def _leaf(value: Tensor, with_gradients: bool, scale: float = 1.0) -> Tensor:
+    """A value whose readers may show whether they pass a gradient back to it."""
+    made = _real(value, scale)
+    return made.requires_grad_(with_gradients and (made.is_floating_point() or made.is_complex()))
+
+
+def _with_gradient(leaf: Any, is_known: bool) -> Any:
+    """A result that says whether a gradient flows through it, as far as that is known."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().requires_grad_(not is_known or leaf.requires_grad) if leaf.is_floating_point() else leaf
 
 
 def _decides(value: Tensor) -> bool:
@@ -175,6 +201,7 @@ def _node(read: list[Tensor], made: list[Tensor]) -> list[Tensor]:
     for position, fake in enumerate(fakes):
         output = proxy[position]
         output.node.meta["val"] = fake
+        output.node.meta[NO_GRADIENT] = not made[position].requires_grad
         track_tensor(fake, output, constant=None, tracer=tracer)
     return fakes
 

@@ -175,3 +175,39 @@ def test_a_submodule_that_does_not_run_at_all_is_refused() -> None:
 
     with pytest.raises(TraceError, match="not today"):
         trace(nn.Sequential(nn.Linear(8, 8), Broken()), (torch.zeros(2, 8),))
+
+
+class Nearest(nn.Module):
+    """The nearest rows of a table; which is nearest has no gradient, and the table learns by other means."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x, self.table.expand(len(x), -1, -1)).argmin(-1)
+        return self.table[nearest] if int(nearest.max()) >= 0 else x
+
+
+class Quantised(nn.Module):
+    """Rows of a table take the gradients of what they stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.nearest = Nearest(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.down(torch.relu(self.up(x)))
+        return self.out(made + (self.nearest(made) - made).detach())
+
+
+def test_no_gradient_is_reduced_that_does_not_come() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Quantised().double()
+
+    made = plan(build(), INPUTS, tp=2, phase="train")
+    report = verify(build, INPUTS, made)
+    assert report.ok(), report.explain()
+    assert any("cannot be traced" in finding for finding in made.findings)
