@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .graph import Node
 from .placement import Shard
 from .rules.convolutions import CONVOLUTIONS, TRANSPOSED
@@ -32,8 +34,10 @@ def local_groups(node: Node, x: Any) -> int | None:
 
 
 def with_groups(node: Node, groups: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The operator's arguments with another number of groups."""
+    """The operator's arguments with another number of groups, as a trace has them: without defaults at the end."""
     at = 1 if node.op == "group_norm" else 6
-    if len(node.arguments) <= at:
-        return node.arguments, node.keywords | {"groups": groups}
-    return (*node.arguments[:at], groups, *node.arguments[at + 1 :]), node.keywords
+    arguments = (*node.arguments[:at], groups, *node.arguments[at + 1 :])
+    schema = getattr(getattr(torch.ops.aten, node.op), node.overload or "default")._schema.arguments
+    while len(arguments) > 1 and schema[len(arguments) - 1].default_value == arguments[-1]:
+        arguments = arguments[:-1]
+    return arguments, node.keywords

@@ -56,7 +56,11 @@ def batch_norm(op: Operation) -> Result:
 
 @rule("instance_norm")
 def instance_norm(op: Operation) -> Result:
-    """Statistics per example and channel; running ones are an average over the batch."""
+    """Statistics per example and channel; running ones are an average over the batch. Not split by channel: torch's
+    module compares the length that it reads with its own number of features, and raises."""
+    placement = op.placement(op.argument(0))
+    if isinstance(placement, Shard) and placement.dim == 1:
+        return None
     vectors, running = [op.argument(1, "weight"), op.argument(2, "bias")], _statistics(op)
     by_example = not any(isinstance(t, Ref) for t in running)
     return _with_channels(op, vectors, running, lambda dim: dim == 0 and by_example)
