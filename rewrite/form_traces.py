@@ -67,8 +67,8 @@ def _quietly() -> Iterator[None]:
 
 
 def examples(planned: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Inputs that stand for the ``given`` ones, both by name: in the planned sizes, then in their own, then, where they
-    come with a cache, with masks of the new tokens alone (traces have no cache)."""
+    """Inputs that stand for the ``given`` ones, by name: where they come with a cache, with masks of the new tokens
+    alone (traces have no cache; with other masks they take long to fail); in the planned sizes; in their own."""
     kept = {name: value for name, value in given.items() if value is not None and _is_open(value)}
     kept |= {"use_cache": False} if "use_cache" in kept else {}  # traces have none
     common = [(v.shape, planned[k].shape) for k, v in kept.items() if _are_alike(v, planned.get(k))]
@@ -89,13 +89,13 @@ def examples(planned: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[d
         queries, keys = value.shape[-2:] if value.dim() > 3 else (0, 0)  # hidden states have three dims
         return value.detach()[..., keys - queries :] if queries in sizes and keys > queries else value.detach()
 
+    if any(value is not None and not _is_open(value) for value in given.values()):
+        yield {name: _mapped(without_past, value) for name, value in kept.items()}
     yield {
         name: planned[name] if _are_alike(value, planned.get(name)) else _mapped(stand_in, value)
         for name, value in kept.items()
     }
     yield {name: _mapped(lambda v: v.detach() if isinstance(v, Tensor) else v, value) for name, value in kept.items()}
-    if any(value is not None and not _is_open(value) for value in given.values()):
-        yield {name: _mapped(without_past, value) for name, value in kept.items()}
 
 
 def has_floats(value: Any) -> bool:

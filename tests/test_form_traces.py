@@ -58,7 +58,7 @@ def test_examples_of_a_call_with_a_cache():
     given = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "mask": {"full": torch.ones(1, 1, 3, 40)}}
     given["encoded"] = torch.ones(1, 3, 8)
     assert len(list(examples(planned, given))) == 2
-    *_, own, without = examples(planned, given | {"cache": object()})
+    without, _, own = examples(planned, given | {"cache": object()})
     assert own["mask"]["full"].shape == (1, 1, 3, 40) and without["mask"]["full"].shape == (1, 1, 3, 3)
     assert without["encoded"].shape == (1, 3, 8)
     assert without["input_ids"].shape == (1, 3) and "cache" not in copy.copy(without)
