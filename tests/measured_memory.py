@@ -7,6 +7,7 @@ Attention drops nothing: on a CPU an attention that does is not fused, and keeps
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,8 @@ def _trained(model: nn.Module, inputs: dict[str, Any], made: Plan) -> dict[str, 
     gc.collect()
     with LiveBytes([*there, *gradients, *inputs.values()]) as live:
         loss = model(**inputs).loss
+        gc.collect()
+        time.sleep(0.5)  # gloo's threads let go of a finished collective's buffers when they get to it
         kept = live.now
         loss.backward()
     return {
