@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .call_record import Measured
 from .graph import LEAVES, Call, Graph, Node, Ref, mapped, references
 from .head_groups import FUSED
+from .measured import Measured
 from .sites import Site
 
 

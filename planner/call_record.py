@@ -7,10 +7,9 @@ call that made it, and a call is an expression in somebody's source.
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -26,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from . import folding
+from .measured import Measured, Reading, Shape
 from .written_out import CODES, written_out
 
 TAG = "colrow_call"
@@ -34,127 +34,6 @@ _TORCH = torch.__path__[0]
 _LAYERS = f"{_TORCH}/nn/modules/"
 _MODULES = f"{_LAYERS}module.py"
 _OWN = (__file__, folding.__file__)
-
-
-class Measured(int):
-    """A length that the model's code read from a tensor's shape: run on local tensors, the code reads the local length.
-
-    Attributes:
-        origin: The value it was read from; None for products and quotients of lengths.
-        dim: Which dim of it.
-        formula: What it was calculated from: the method, the length, the other operand.
-    """
-
-    origin: Any = None
-    dim: int = 0
-    formula: tuple[str, Measured, Any] | None = None
-
-    @classmethod
-    def read(cls, length: int, origin: Any, dim: int) -> Measured:
-        """A length with its origin."""
-        made = cls(length)
-        made.origin, made.dim = origin, dim
-        return made
-
-    def _combined(self, method: str, other: Any) -> Any:
-        result = getattr(int, method)(self, other)
-        if type(result) is not int:
-            return result
-        made = Measured(result)
-        made.formula = method, self, other
-        return made
-
-    def resolved(self, value_of: Callable[[Any], Any]) -> Measured:
-        """The same length with its origins replaced."""
-        made = Measured(self)
-        made.origin, made.dim = None if self.origin is None else value_of(self.origin), self.dim
-        if self.formula is not None:
-            method, left, right = self.formula
-            made.formula = (
-                method,
-                left.resolved(value_of),
-                right.resolved(value_of) if isinstance(right, Measured) else right,
-            )
-        return made
-
-    def origins(self) -> Iterator[Any]:
-        """All values it was read from."""
-        if self.formula is None:
-            yield self.origin
-            return
-        for operand in self.formula[1:]:
-            if isinstance(operand, Measured):
-                yield from operand.origins()
-
-    def read_on(self, local: Callable[[Any, int, int], int | None]) -> int | None:
-        """What the same code reads where tensors are local.
-
-        Args:
-            local: The local length of ``(origin, dim, whole length)``; None: not known.
-
-        Returns:
-            None where an origin is not known, or a local length does not divide where the whole one does.
-        """
-        if self.formula is None:
-            return None if self.origin is None else local(self.origin, self.dim, int(self))
-        method, left, right = self.formula
-        a = left.read_on(local)
-        b = right.read_on(local) if isinstance(right, Measured) else right
-        if a is None or b is None or (method == "__floordiv__" and int(left) % right == 0 != a % b):
-            return None
-        made: int = getattr(int, method)(a, b)
-        return made
-
-    def __mul__(self, other: Any) -> Any:
-        """Products of a measured length are measured."""
-        return self._combined("__mul__", other)
-
-    def __rmul__(self, other: Any) -> Any:
-        """Products of a measured length are measured."""
-        return self._combined("__rmul__", other)
-
-    def __floordiv__(self, other: Any) -> Any:
-        """Parts of a measured length are measured."""
-        return self._combined("__floordiv__", other)
-
-
-class Shape(tuple[Measured, ...]):
-    """A tensor's shape that keeps its lengths measured (``torch.Size`` would make them plain) and notes which are read.
-
-    Attributes:
-        read: Receives the dims that the code looks at.
-    """
-
-    read: set[int]
-
-    @classmethod
-    def of(cls, lengths: Iterable[int], origin: Any, read: set[int]) -> Shape:
-        """The shape of the value ``origin``."""
-        made = cls(Measured.read(n, origin, dim) for dim, n in enumerate(lengths))
-        made.read = read
-        return made
-
-    def _all(self) -> tuple[Measured, ...]:
-        self.read.update(range(len(self)))
-        return tuple(super().__iter__())
-
-    def __getitem__(self, index: Any) -> Any:
-        """One length, or a plain tuple of some."""
-        dims = range(len(self))[index]
-        self.read.update([dims] if isinstance(dims, int) else dims)
-        return super().__getitem__(index)
-
-    def __iter__(self) -> Iterator[Measured]:
-        """All lengths."""
-        return iter(self._all())
-
-    def __add__(self, other: Any) -> Any:
-        """A longer shape, as a plain tuple."""
-        return self._all() + tuple(other)
-
-    def numel(self) -> int:
-        """Number of elements."""
-        return Measured(math.prod(self._all()))
 
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -187,7 +66,7 @@ class CallRecorder(TorchFunctionMode):
         super().__init__()
         self.own = frozenset(id(module) for module in model.modules() if id(module) not in but)
         self.calls: list[RawCall] = []
-        self.measured: dict[Any, set[int]] = {}
+        self.measured: dict[Any, set[Reading]] = {}
         """FX node -> dims whose length the model's code has read."""
         self.let_go: dict[Any, int] = {}
         """FX node -> how many calls had been made when the model's code no longer held the value."""
@@ -202,7 +81,7 @@ class CallRecorder(TorchFunctionMode):
             if isinstance(lengths, int):
                 dim = (args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)) % args[0].dim()
                 read.add(dim)
-                return Measured.read(lengths, origin, dim)
+                return Measured.read(lengths, origin, dim, read)
             return Shape.of(lengths, origin, read)
         if func in _COUNTS:
             self.measured.setdefault(_made_by(args[0], _tracer()), set()).update(range(args[0].dim()))

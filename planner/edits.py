@@ -26,11 +26,10 @@ class OperatorEdit:
     """A local operator where the dense one would be wrong on slices.
 
     Attributes:
-        name: ``vocab_embedding`` and ``vocab_embedding_bag`` (rows split), ``vocab_cross_entropy`` (classes split, with reductions of its own),
-            ``mean_of_shard`` (a mean over a split dim, as a partial sum),
-            ``norm_of_shard`` (split channels beside whole running statistics, which learn from every rank),
-            ``rank_random`` (dropout in a
-            split region draws differently on every rank).
+        name: ``vocab_embedding`` and ``vocab_embedding_bag`` (rows split), ``vocab_cross_entropy`` (classes split, with
+            reductions of its own), ``mean_of_shard`` (a mean over a split dim, as a partial sum), ``norm_of_shard``
+            (split channels beside whole running statistics, which learn from every rank), ``rank_random`` (dropout in
+            a split region draws differently on every rank).
         dim: The split dim of its first operand.
         layout: Of that dim.
     """

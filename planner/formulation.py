@@ -214,8 +214,8 @@ class _Builder:
             return
         settings, all_slices = self.out.settings, self.out.slices
         domains = [self.out.domains[self.out.variable[i]] for i in operands]
-        like = (node.template, node.differentiable, *map(id, domains))  # copies share their operands' domains
-        copied = self.tables.get(like) if self._is_alike(node) else None
+        like = (node.template, node.differentiable, node.measured, *map(id, domains))
+        copied = self.tables.get(like) if self._is_alike(node) else None  # copies share their operands' domains
         if copied is None:
             setting = self.settings.of(node, operands, domains)
             slices: list[list[Shard]] = [[] for _ in operands]
@@ -257,7 +257,8 @@ class _Builder:
         """The operator's table, shared by equal operators."""
         values = [self.graph.nodes[i] for i in operands]
         key = (
-            (node.op, node.shape, node.dtype, node.outputs, node.differentiable, node.recomputed, setting, ids),
+            (node.op, node.shape, node.dtype, node.outputs, node.differentiable, node.measured, node.recomputed),
+            (setting, ids),
             _relative((node.arguments, node.keywords), {index: at for at, index in enumerate(operands)}),
             tuple((v.shape, v.dtype, v.differentiable, v.op == "parameter") for v in values),
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .blocks import OuterBlocks
+from .measured import Reading
 from .sites import Site
 
 LEAVES = frozenset({"parameter", "buffer", "input", "constant", "fused"})
@@ -68,7 +69,7 @@ class Node:
         overload: Overload name.
         template: The node it is a copy of, in the first of several equal blocks; its own index where it was traced.
         inner_call: A second call of an operator that several calls make up.
-        measured: Dims whose length the model's code reads from this value.
+        measured: Dims whose length the model's code reads from this value, and those it needs the whole length of.
         recomputed: It runs again in the backward pass (`recomputation`).
         held: How many operators later the model's code still holds the value, read or not: a local of a function.
         operands: Indices of the values it reads, in argument order, repeats kept.
@@ -88,7 +89,7 @@ class Node:
     overload: str = ""
     template: int = -1
     inner_call: int = -1
-    measured: frozenset[int] = frozenset()
+    measured: frozenset[Reading] = frozenset()
     held: int = 0
     recomputed: bool = False
     operands: tuple[int, ...] = field(init=False)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from .call_record import Measured
 from .edits import CallEdit
 from .graph import Call, Graph, Node, Ref
 from .layout import Layout, owned_units
+from .measured import Measured
 from .placement import WHOLE, Placement, Shard
 from .rules.base import Operation, Result, rule
 

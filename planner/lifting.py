@@ -16,11 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .block_copies import Template, append_copy, template_of
 from .block_markers import block_marker
 from .blocks import block_paths
-from .call_record import TAG, CallRecorder, Measured
+from .call_record import TAG, CallRecorder
+from .called_apart import CALLED_APART, CalledApart
 from .folding import Folding
 from .graph import VIEWS, Block, Call, Graph, Node, Ref
 from .head_groups import fuse_repeats
 from .held_values import HeldValues
+from .measured import Measured, Reading
 from .opaque import NO_GRADIENT
 from .rules.base import wrapped
 from .sites import Site, frame_of
@@ -28,8 +30,6 @@ from .sites import Site, frame_of
 _NOISE = frozenset(
     {"_assert_tensor_metadata", "_set_grad_enabled", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"}
 )
-CALLED_APART = "blocks called in parts"
-"""The assumption that names blocks of which a part is called while the block itself is not."""
 _SAME = frozenset({"contiguous", "alias", "lift_fresh_copy", "lift_fresh", "lift", "detach_"})
 _SAME_IF_UNCHANGED = frozenset({"to", "_to_copy", "type_as", "contiguous_"})
 _NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "argsort", "one_hot", "bucketize"})
@@ -74,12 +74,9 @@ class _Lifting:
         self.leaf_index: dict[str, int] = {}
         self.open_blocks: dict[str, tuple[int, list[int]]] = {}
         self.templates: dict[str, Template] = {}
-        self.read_inside: dict[str, list[set[int]]] = {}
+        self.read_inside: dict[str, list[set[Reading]]] = {}
         self.block_starts = block_paths(model)
-        lists = (nn.ModuleList, nn.ModuleDict)  # never called: the module around them reads what they hold
-        self.is_called = {path: not isinstance(model.get_submodule(path), lists) for path in self.block_starts}
-        self.block_of: dict[str, str] = {}
-        self.apart: dict[str, None] = {}
+        self.apart = CalledApart(model, self.block_starts, self.parameters)
 
     def run(self) -> Graph:
         names = iter(self.leaf_names)
@@ -101,8 +98,8 @@ class _Lifting:
         self.held.settle(self.graph, 0)
         _no_gradient_without_readers(self.graph)
         _record_blocks(self.graph, self.block_starts)
-        if self.apart:
-            self.graph.assumptions[CALLED_APART] = ", ".join(self.apart)
+        if self.apart.blocks:
+            self.graph.assumptions[CALLED_APART] = ", ".join(self.apart.blocks)
         return self.graph
 
     def _unread_parameters(self) -> None:
@@ -260,42 +257,18 @@ class _Lifting:
             and not node.meta.get(NO_GRADIENT)
             and any(self.graph.nodes[i].differentiable for i in made.operands)
         )
-        made.module = _module_path(node)
-        self._called_apart(node, made.operands)
+        running = [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
+        made.module = running[-1] if running else ""
+        read = (self.graph.nodes[i] for i in made.operands)
+        self.apart.note(running, [leaf.fqn for leaf in read if leaf.op == "parameter"])
         made.call = self._call(node)
         made.measured = frozenset(self.measured.get(node, ()))
         self.graph.nodes.append(made)
         self.value[node] = Ref(made.index)
         self.held.add(node, made.index)
 
-    def _called_apart(self, node: torch.fx.Node, operands: Iterable[int]) -> None:
-        """Notes a block of which a part is called, or a parameter read, while the block itself does not run."""
-        running = [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
-        block = self._block_around(running[-1] if running else "")
-        if block and block not in running:
-            self.apart[block] = None
-        for name in (leaf.fqn for leaf in map(self.graph.nodes.__getitem__, operands) if leaf.op == "parameter"):
-            if self._is_apart(name, running):
-                value = self.parameters.get(name)
-                names = [other for other, tied in self.parameters.items() if tied is value]
-                if all(self._is_apart(other, running) for other in names):
-                    self.apart[self._block_around(name)] = None
-
-    def _is_apart(self, name: str, running: list[str]) -> bool:
-        block = self._block_around(name.rpartition(".")[0])
-        return bool(block) and block not in running
-
-    def _block_around(self, path: str) -> str:
-        """The outermost block at or around ``path``; "" where there is none, or it is a list, which is never called."""
-        if path not in self.block_of:
-            parts = path.split(".")
-            around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-            block = next((path for path in around if path in self.is_called), "")
-            self.block_of[path] = block if block and self.is_called[block] else ""
-        return self.block_of[path]
-
-    def _measure(self, value: Ref, dims: Iterable[int]) -> None:
-        self.graph.nodes[value.index].measured |= frozenset(dims)
+    def _measure(self, value: Ref, readings: Iterable[Reading]) -> None:
+        self.graph.nodes[value.index].measured |= frozenset(readings)
 
     def _call(self, node: torch.fx.Node) -> int:
         tag = (node.meta.get("custom") or {}).get(TAG)
@@ -343,7 +316,7 @@ class _Lifting:
             self._measure(value, dims)
         self.value[node] = refs[0] if len(refs) == 1 else refs
 
-    def _read_of(self, marker: torch.fx.Node, count: int) -> list[set[int]]:
+    def _read_of(self, marker: torch.fx.Node, count: int) -> list[set[Reading]]:
         """The dims that the code reads of each of the values that a marker stands for."""
         if count == 1:
             return [self.measured.get(marker, set())]
@@ -401,11 +374,6 @@ def _copied(made: Any, source: Any) -> bool:
     """Whether both are tensors, and each has a storage of its own."""
     both = isinstance(made, Tensor) and isinstance(source, Tensor)
     return both and not torch._C._is_alias_of(made, source)  # type: ignore[attr-defined]
-
-
-def _module_path(node: torch.fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack.values()))[0] if stack else ""
 
 
 def _is_fx(leaf: Any) -> bool:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .call_record import Measured
 from .channel_groups import GROUPED, groups_of, local_groups
 from .edits import CallEdit, OperatorEdit
 from .graph import Call, Node, Ref, numel
+from .measured import Measured
 from .placement import Placement, Shard
 from .rules.base import wrapped
 from .rules.pointwise import EACH, FIRST, JOINT, NONLINEAR

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .call_record import Measured
 from .edits import CallEdit, ForwardEdits, ParameterEdit
 from .formulation import Formulation
 from .graph import Graph, Node, Ref
 from .head_groups import held_keys, repeat_edits
 from .local_operators import leaves_of, local_form, measured_sizes, merged, own_reductions
+from .measured import Measured
 from .placement import PARTIAL_GRAD, Replicate, Shard
 from .planned_collectives import Collective, planned_collectives
 from .pricing import Cost

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from .graph import Graph, Node
 from .layout import Layout, balanced
+from .measured import Whole
 from .placement import Placement, Shard
 from .roles import crossing
 from .rules.pointwise import CASTS, EACH, FIRST, JOINT, LINEAR_UNARY, NONLINEAR
@@ -43,8 +44,11 @@ def is_elastic(placement: object) -> bool:
 
 
 def is_read(node: Node, placement: object) -> bool:
-    """Whether the model's code reads the length along which ``placement`` splits the value."""
-    return isinstance(placement, Shard) and placement.layout.elastic and placement.dim in node.measured
+    """Whether the model's code reads the length along which ``placement`` splits the value, and cannot do with a local
+    one: of a sequence any that it reads, of other dims what it needs whole."""
+    if not isinstance(placement, Shard):
+        return False
+    return Whole(placement.dim) in node.measured or (placement.layout.elastic and placement.dim in node.measured)
 
 
 def keeps_tokens(node: Node, placed: Placed, made: Placement | tuple[Placement, ...]) -> bool:

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from colrow.cost_models.errors import PlanFileError, UsageError, ValidationError
 from colrow.planner.blocks import block_paths, outermost
+from colrow.planner.called_apart import CALLED_APART
 from colrow.planner.edits import CallEdit, ForwardEdits, ParameterEdit
-from colrow.planner.lifting import CALLED_APART
 from colrow.planner.moves import Move
 from colrow.planner.plan_model import Plan
 from colrow.planner.sites import Frame, Site

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from colrow.planner.call_record import Measured
 from colrow.planner.graph import LEAVES, Graph, Ref
+from colrow.planner.measured import Measured
 
 
 def form(graph: Graph) -> dict[str, Any]:

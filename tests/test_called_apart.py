@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from colrow.planner.lifting import CALLED_APART
+from colrow.planner.called_apart import CALLED_APART
 from colrow.planner.planning import plan
 from colrow.rewrite.verification import verify
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colrow.cost_models.errors import TraceError
-from colrow.planner.call_record import Measured
 from colrow.planner.graph import Graph, Node, Ref
+from colrow.planner.measured import Measured
 from colrow.planner.trace import tied_names, trace
 
 X = (torch.zeros(2, 5, HIDDEN),)
@@ -126,7 +126,7 @@ def test_measured_lengths_carry_their_origin_and_literals_do_not() -> None:
 
 
 def test_products_and_parts_of_measured_lengths_are_measured_and_sums_are_not() -> None:
-    length = Measured.read(12, None, 0)
+    length = Measured.read(12, None, 0, set())
     assert all(isinstance(n, Measured) for n in (length * 2, 2 * length, length // 3, length))
     assert not any(isinstance(n, Measured) for n in (length + 1, length - 1, -length))
 
