@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from torch import nn
 
 
-def block_paths(model: nn.Module) -> list[str]:
-    """Paths of all blocks, in the model's order."""
+def block_paths(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Paths of all blocks among a model's named modules, in their order."""
     return [
         f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
+        for name, module in modules
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
         for child, _ in module.named_children()
     ]

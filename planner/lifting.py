@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,9 @@ from .block_markers import block_marker
 from .blocks import block_paths
 from .call_record import TAG, CallRecorder
 from .called_apart import CALLED_APART, CalledApart
+from .completed_graph import no_gradient_without_readers, record_blocks
 from .folding import Folding
-from .graph import VIEWS, Block, Call, Graph, Node, Ref
+from .graph import VIEWS, Call, Graph, Node, Ref
 from .head_groups import fuse_repeats
 from .held_values import HeldValues
 from .measured import Measured, Reading
@@ -36,47 +38,56 @@ _NO_GRADIENT = frozenset({"detach", "argmax", "argmin", "argsort", "one_hot", "b
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
-def graph_of(
-    traced: torch.fx.GraphModule,
-    recorder: CallRecorder,
-    model: nn.Module,
-    state: dict[str, Tensor],
-    inputs: Any,
-    folding: Folding,
-) -> Graph:
-    """Turns a traced module into a `Graph`; ``recorder`` has the API calls that its nodes' tags index."""
-    return _Lifting(traced, recorder, model, state, inputs, folding).run()
+@dataclass(frozen=True)
+class Traced:
+    """A model that was traced.
+
+    Attributes:
+        module: By make_fx, from ``state`` and ``inputs``.
+        recorder: Has the API calls that the nodes' tags index.
+        modules: The model's, by name.
+        parameters: The model's, under all their names.
+        state: What of the model was traced as inputs.
+        inputs: What it was called with.
+        folding: Which of its blocks were traced once.
+    """
+
+    module: torch.fx.GraphModule
+    recorder: CallRecorder
+    modules: Mapping[str, nn.Module]
+    parameters: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    inputs: Any
+    folding: Folding
+
+
+def graph_of(traced: Traced) -> Graph:
+    """Turns a traced model into a `Graph`."""
+    return _Lifting(traced).run()
 
 
 class _Lifting:
     """The state of one conversion; `run` is its only entry."""
 
-    def __init__(
-        self,
-        traced: torch.fx.GraphModule,
-        recorder: CallRecorder,
-        model: nn.Module,
-        state: dict[str, Tensor],
-        inputs: Any,
-        folding: Folding,
-    ) -> None:
-        self.traced, self.raw_calls, self.folding = traced, recorder.calls, folding
+    def __init__(self, traced: Traced) -> None:
+        recorder = traced.recorder
+        self.traced, self.raw_calls, self.folding = traced.module, recorder.calls, traced.folding
         self.measured, self.held = recorder.measured, HeldValues(recorder.let_go)
         self.graph = Graph()
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.leaf_names = _leaf_names(self.parameters, state, inputs)
+        self.parameters = traced.parameters
+        self.leaf_names = _leaf_names(self.parameters, traced.state, traced.inputs)
         self.value: dict[torch.fx.Node, Ref | list[Ref]] = {}
         self.sharing: dict[torch.fx.Node, list[torch.fx.Node]] = {}  # node -> all seen that may share its storage
         self.done: set[torch.fx.Node] = set()
-        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.paths = {id(module): name for name, module in traced.modules.items()}
         self.call_index: dict[int, int] = {}
         self.tensor_nodes: dict[int, list[int]] = {}
         self.leaf_index: dict[str, int] = {}
         self.open_blocks: dict[str, tuple[int, list[int]]] = {}
         self.templates: dict[str, Template] = {}
         self.read_inside: dict[str, list[set[Reading]]] = {}
-        self.block_starts = block_paths(model)
-        self.apart = CalledApart(model, self.block_starts, self.parameters)
+        self.block_starts = block_paths(traced.modules.items())
+        self.apart = CalledApart(traced.modules, self.block_starts, self.parameters)
 
     def run(self) -> Graph:
         names = iter(self.leaf_names)
@@ -96,8 +107,8 @@ class _Lifting:
         self._unread_parameters()
         fuse_repeats(self.graph, 0, self.graph.outputs)
         self.held.settle(self.graph, 0)
-        _no_gradient_without_readers(self.graph)
-        _record_blocks(self.graph, self.block_starts)
+        no_gradient_without_readers(self.graph)
+        record_blocks(self.graph, self.block_starts)
         if self.apart.blocks:
             self.graph.assumptions[CALLED_APART] = ", ".join(self.apart.blocks)
         return self.graph
@@ -331,21 +342,13 @@ class _Lifting:
         return self.leaf_index[name]
 
 
-def _no_gradient_without_readers(graph: Graph) -> None:
-    """No gradient comes back into a value on which no returned value depends: nothing is summed for it."""
-    users, returned = graph.users(), set(graph.outputs)
-    for node in reversed(graph.nodes):
-        if node.differentiable and node.index not in returned:
-            node.differentiable = any(graph.nodes[reader].differentiable for reader in users[node.index])
-
-
 def _content(value: Tensor) -> str:
     described = f"{value.dtype} {tuple(value.shape)} ".encode()
     content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(described + content).hexdigest()[:12]
 
 
-def _leaf_names(parameters: Container[str], state: dict[str, Tensor], inputs: Any) -> list[tuple[str, str]]:
+def _leaf_names(parameters: Container[str], state: Mapping[str, Tensor], inputs: Any) -> list[tuple[str, str]]:
     """Kind and name of each placeholder, in make_fx's order."""
     names = [("parameter" if name in parameters else "buffer", name) for name in state]
     for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
@@ -378,22 +381,3 @@ def _copied(made: Any, source: Any) -> bool:
 
 def _is_fx(leaf: Any) -> bool:
     return isinstance(leaf, torch.fx.Node)
-
-
-def _record_blocks(graph: Graph, paths: list[str]) -> None:
-    """Fills ``graph.blocks`` from the nodes' module paths; leaves count with the block that reads them first."""
-    ranges: dict[str, tuple[int, int]] = {}
-    known = set(paths)
-    around: dict[str, list[str]] = {"": []}  # module path -> the blocks it lies in
-    for node in graph.nodes:
-        if node.module not in around:
-            parts = node.module.split(".")
-            prefixes = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-            around[node.module] = [path for path in prefixes if path in known]
-        for path in around[node.module]:
-            start, _ = ranges.get(path, (node.index, 0))
-            ranges[path] = (start, node.index + 1)
-    order = sorted(ranges.items(), key=lambda item: (item[1][0], -item[1][1]))
-    position = {path: i for i, (path, _) in enumerate(order)}
-    for i, (path, nodes) in enumerate(order):
-        graph.blocks.append(Block(path, nodes, position.get(path, i)))

@@ -30,7 +30,7 @@ from .folding import Folding
 from .graph import Graph
 from .known_values import KnownValues, unchecked_values, without_known
 from .library_caches import no_lengths_remembered
-from .lifting import graph_of
+from .lifting import Traced, graph_of
 from .opaque import as_operators, findings_of, opaque_modules
 from .returned_values import parts_of
 
@@ -154,17 +154,18 @@ def _traced(
                 f"torch cannot trace this model on these inputs ({type(error).__name__}: {_first_line(error)})",
                 remedy="Pass other example inputs, or make the data-dependent branch static.",
             ) from error
-    graph = graph_of(traced, recorder, model, state, inputs, folding)
-    graph.ties, graph.output_paths = tied_names(model), paths
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    graph = graph_of(Traced(traced, recorder, dict(modules), parameters, state, inputs, folding))
+    graph.ties, graph.output_paths = tied_names(parameters.items()), paths
     graph.assumptions.update(_assumptions(model, graph))
     return graph
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Alias -> first name, for every parameter or buffer registered under several names."""
+def tied_names(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Alias -> first name, of named parameters that are one under several names."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters:
         if id(parameter) in first:
             ties[name] = first[id(parameter)]
         else:

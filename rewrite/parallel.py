@@ -81,7 +81,8 @@ def parallelize(
         if draws_alike:
             model.register_forward_pre_hook(RefuseTraining())
         apart = plan.assumptions.get(CALLED_APART, "").split(", ")
-        regions = install_regions(model, outermost(block_paths(model)), stored, group, running, edits, apart)
+        blocks = outermost(block_paths(model.named_modules()))
+        regions = install_regions(model, blocks, stored, group, running, edits, apart)
         checks = CheckForm(dense, plan, returned, group, running, forms)
         model.register_forward_pre_hook(checks, with_kwargs=True)
         model.register_forward_pre_hook(InputGradients(group, running, checks), with_kwargs=True)
@@ -219,7 +220,7 @@ def check_same_model(model: nn.Module, plan: Plan) -> None:
         raise PlanFileError(name, "the plan has a parameter that the model lacks", remedy="Plan this model again.")
     for name in sorted(set(have) - set(want) - set(plan.ties)):
         raise PlanFileError(name, "the plan lacks this parameter of the model", remedy="Plan this model again.")
-    ties = tied_names(model)
+    ties = tied_names(model.named_parameters(remove_duplicate=False))
     for name in sorted(set(ties) | set(plan.ties)):
         if ties.get(name) != plan.ties.get(name):
             raise PlanFileError(

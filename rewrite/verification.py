@@ -18,8 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from colrow.cost_models.errors import UsageError
 from colrow.planner.blocks import block_paths, outermost
@@ -39,6 +37,7 @@ from .comparison import (
 )
 from .counting import fixed_loss, recorded_collectives
 from .groups import group_of
+from .narrowing import computes_in_float32
 from .parallel import parallelize, spec_of
 from .random_inputs import call, random_inputs
 from .ranks import Backend, run_ranks
@@ -75,7 +74,7 @@ def verify(
     """
     dense = _without_draws(randomize(_runnable(build_model()).double()), p)
     inputs = random_inputs(dense, example_inputs, torch.float64)
-    in_float32 = _computes_in_float32(dense, inputs)
+    in_float32 = computes_in_float32(dense, inputs)
     reference = {name: _steps(copy.deepcopy(dense), inputs, name, _whole, _as_it_is) for name in OPTIMISERS}
     results = run_ranks(_on_rank, p.tp, ranks, (dense, inputs, p))
     executed, notes = _executed(build_model, example_inputs, p, ranks, results[0])
@@ -172,7 +171,8 @@ def _report(
 ) -> Report:
     mine, first = results[0], next(iter(OPTIMISERS))
     found, true = mine[first], reference[first]
-    errors, small, none = gradient_errors(found.gradients, true.gradients, outermost(block_paths(dense)))
+    blocks = outermost(block_paths(dense.named_modules()))
+    errors, small, none = gradient_errors(found.gradients, true.gradients, blocks)
     unequal = [
         f"{what} (rank {rank})"
         for rank, result in enumerate(results)
@@ -244,7 +244,7 @@ def _count_on_rank(model: nn.Module, inputs: Inputs, p: Plan) -> list[Count]:
 
 def _first_divergence(dense: nn.Module, inputs: Inputs, p: Plan, ranks: Backend, report: Report) -> str:
     """The first block whose output is another, else the last one whose gradients are."""
-    blocks = outermost(block_paths(dense))
+    blocks = outermost(block_paths(dense.named_modules()))
     true = _block_outputs(copy.deepcopy(dense), inputs, blocks)
     try:
         found = run_ranks(_blocks_on_rank, p.tp, ranks, (dense, inputs, p, blocks))[0]
@@ -375,26 +375,3 @@ def _runnable(model: nn.Module) -> nn.Module:
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return model
-
-
-class _Narrowing(TorchFunctionMode):
-    """Sees whether any function turns a float64 value that depends on parameters into something narrower."""
-
-    found: bool = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self.found:
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.requires_grad]
-            wide = any(x.requires_grad and x.dtype is torch.float64 for x in given)
-            self.found = wide and any(x.dtype is not torch.float64 for x in made)
-        return result
-
-
-def _computes_in_float32(dense: nn.Module, inputs: Inputs) -> bool:
-    """Whether the float64 model casts down on its way (upcasting norms do): then float32 is what is compared."""
-    mode = _Narrowing()
-    with torch.enable_grad(), mode:
-        call(dense, inputs)
-    return mode.found

@@ -75,7 +75,7 @@ def reference_of(dense: nn.Module, example: Inputs) -> Reference:
     kept = {path: value.detach().clone() for path, value in named_tensors(outputs)}
     gradients = {name: parameter.grad for name, parameter in dense.named_parameters()}
     dense.zero_grad(set_to_none=True)
-    return Reference(example, kept, gradients, outermost(block_paths(dense)))
+    return Reference(example, kept, gradients, outermost(block_paths(dense.named_modules())))
 
 
 def peer_run(cls: Any, folder: Path, reference: Reference) -> Run:
