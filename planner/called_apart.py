@@ -17,12 +17,10 @@ class CalledApart:
         blocks: Those called in parts so far, in order.
     """
 
-    def __init__(
-        self, modules: Mapping[str, nn.Module], blocks: Iterable[str], parameters: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
         self.blocks: dict[str, None] = {}
         lists = (nn.ModuleList, nn.ModuleDict)  # never called: the module around them reads what they hold
-        self._is_called = {path: not isinstance(modules[path], lists) for path in blocks}
+        self._is_called = {path: not isinstance(model.get_submodule(path), lists) for path in blocks}
         self._block_of: dict[str, str] = {}
         self._parameters = parameters
 

@@ -45,15 +45,17 @@ class Traced:
     Attributes:
         module: By make_fx, from ``state`` and ``inputs``.
         recorder: Has the API calls that the nodes' tags index.
-        modules: The model's, by name.
-        parameters: The model's, under all their names.
-        state: What of the model was traced as inputs.
+        model: Whose forward was traced.
+        modules: Its modules, by name, each once.
+        parameters: Its parameters, under all their names.
+        state: What of it was traced as inputs.
         inputs: What it was called with.
         folding: Which of its blocks were traced once.
     """
 
     module: torch.fx.GraphModule
     recorder: CallRecorder
+    model: nn.Module
     modules: Mapping[str, nn.Module]
     parameters: Mapping[str, Tensor]
     state: Mapping[str, Tensor]
@@ -87,7 +89,7 @@ class _Lifting:
         self.templates: dict[str, Template] = {}
         self.read_inside: dict[str, list[set[Reading]]] = {}
         self.block_starts = block_paths(traced.modules.items())
-        self.apart = CalledApart(traced.modules, self.block_starts, self.parameters)
+        self.apart = CalledApart(traced.model, self.block_starts, self.parameters)
 
     def run(self) -> Graph:
         names = iter(self.leaf_names)

@@ -155,7 +155,7 @@ def _traced(
                 remedy="Pass other example inputs, or make the data-dependent branch static.",
             ) from error
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    graph = graph_of(Traced(traced, recorder, dict(modules), parameters, state, inputs, folding))
+    graph = graph_of(Traced(traced, recorder, model, dict(modules), parameters, state, inputs, folding))
     graph.ties, graph.output_paths = tied_names(parameters.items()), paths
     graph.assumptions.update(_assumptions(model, graph))
     return graph
