@@ -149,8 +149,7 @@ class _Lifting:
         return Ref(node.index)
 
     def _operator(self, node: torch.fx.Node) -> None:
-        if node.target is operator.getitem or _shares(_name(node)):
-            self._share(node)
+        self._share(node)
         if node.target is operator.getitem:
             source, position = node.args
             made = self.value[source]  # type: ignore[index]
@@ -217,8 +216,9 @@ class _Lifting:
         """What an in-place operator on a view touches beside its result cannot be moved or split."""
         view = node.args[0] if node.args else None
         chain = []
-        while isinstance(view, torch.fx.Node) and _name(view) in VIEWS and view.args:
-            chain.append(view)
+        while isinstance(view, torch.fx.Node) and _is_view(view):
+            if self.value.get(view) != self.value.get(view.args[0]):  # type: ignore[arg-type]
+                chain.append(view)
             view = view.args[0]
         if chain:
             touched = [self.value.get(n) for n in (node, *chain, view) if isinstance(n, torch.fx.Node)]
@@ -228,7 +228,7 @@ class _Lifting:
     def _share(self, node: torch.fx.Node) -> None:
         """A view and what it looks at share a storage; so do an argument and what it is changed to in place."""
         source = node.args[0] if node.args else None
-        if isinstance(source, torch.fx.Node) and not _copied(node.meta.get("val"), source.meta.get("val")):
+        if isinstance(source, torch.fx.Node) and _shares(node, source):
             self.sharing[node] = self.sharing.setdefault(source, [source])
             self.sharing[node].append(node)
 
@@ -370,15 +370,18 @@ def _only_first_read(node: torch.fx.Node) -> bool:
     return _name(node) == "embedding_bag" and not any(user.users for user in node.users if user.args[1] != 0)
 
 
-def _shares(name: str) -> bool:
-    """Whether an operator of this name returns its first argument, or may return a view of it."""
-    return name in VIEWS or name in _SAME or name in _SAME_IF_UNCHANGED or (name[-1:] == "_" and name[-2:] != "__")
+def _shares(node: torch.fx.Node, source: torch.fx.Node) -> bool:
+    """Whether an operator returns its first argument, or views of it: by their storages where both have one."""
+    made, given = node.meta.get("val"), source.meta.get("val")
+    if isinstance(made, Tensor) and isinstance(given, Tensor):
+        return torch._C._is_alias_of(made, given)  # type: ignore[attr-defined,no-any-return]
+    return node.target is operator.getitem or _name(node) in VIEWS
 
 
-def _copied(made: Any, source: Any) -> bool:
-    """Whether both are tensors, and each has a storage of its own."""
-    both = isinstance(made, Tensor) and isinstance(source, Tensor)
-    return both and not torch._C._is_alias_of(made, source)  # type: ignore[attr-defined]
+def _is_view(node: torch.fx.Node) -> bool:
+    """Whether an operator shows its first argument in another form, and does not change it."""
+    source, name = node.args[0] if node.args else None, _name(node)
+    return isinstance(source, torch.fx.Node) and not name.endswith("_") and _shares(node, source)
 
 
 def _is_fx(leaf: Any) -> bool:

@@ -38,6 +38,22 @@ def halved(decay: Tensor, x: Tensor) -> Tensor:
     return half
 
 
+def along_the_diagonal(decay: Tensor, x: Tensor) -> Tensor:
+    """Views of another kind than slices: a diagonal, and windows."""
+    made = x * 2
+    made.diagonal(dim1=1, dim2=2).mul_(decay[:4])
+    made.unfold(1, 2, 2)[..., 0].mul_(decay)
+    return made
+
+
+def real_parts(decay: Tensor, x: Tensor) -> Tensor:
+    """A view as another dtype, and half of it."""
+    made = x * 2
+    pairs = torch.view_as_complex(made.view(*x.shape[:2], -1, 2))
+    pairs.real.mul_(decay[::2])
+    return made
+
+
 class Scan(nn.Module):
     """Weights before and after; the decay is read by the in-place operator alone."""
 
@@ -51,7 +67,7 @@ class Scan(nn.Module):
         return self.out(self.function(torch.exp(-self.decay.square()), self.into(x)))
 
 
-@pytest.mark.parametrize("function", [scanned, filled, halved])
+@pytest.mark.parametrize("function", [scanned, filled, halved, along_the_diagonal, real_parts])
 def test_gradients_of_what_is_written_through_views(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     inputs = (torch.zeros(2, 4, 8, dtype=torch.float64),)
 
