@@ -14,9 +14,14 @@ from functools import cache
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
+
 from colrow.cost_models.errors import ValidationError
 
 from .source_functions import path_of
+
+_TORCH = torch.__path__[0]
+_LAYERS = f"{_TORCH}/nn/modules/"
 
 
 class Whole(NamedTuple):
@@ -37,7 +42,7 @@ class Measured(int):
         dim: Which dim of it.
         formula: What it was calculated from: the method, the length, the other operand.
         readings: Receives `Whole` where the code needs the whole length: it refuses any other, or calculates a number
-            from it that is no length. A local one will not do there.
+            from it that is no length. A local one will not do there. None where nobody asks any more.
     """
 
     origin: Any = None
@@ -61,10 +66,16 @@ class Measured(int):
                 part.needed_whole()
 
     def _compared(self, other: object) -> None:
-        if (self.readings is not None or self.formula is not None) and not isinstance(other, Measured):
-            caller = sys._getframe(2)
-            if caller.f_lineno in lines_that_refuse(caller.f_code):
-                self.needed_whole()
+        if isinstance(other, Measured) or not self._is_asked():
+            return
+        caller = sys._getframe(2)
+        if caller.f_lineno in lines_that_refuse(caller.f_code):
+            self.needed_whole()
+
+    def _is_asked(self) -> bool:
+        if self.formula is None:
+            return self.readings is not None
+        return any(isinstance(part, Measured) and part._is_asked() for part in self.formula)
 
     def __eq__(self, other: object) -> bool:
         """Equality, noted where anything else is refused."""
@@ -203,7 +214,12 @@ class Shape(tuple[Measured, ...]):
 
 @cache
 def lines_that_refuse(code: CodeType) -> frozenset[int]:
-    """Lines, counted in the file, on which a function decides to raise: its asserts, and ifs of which a branch does."""
+    """Lines, counted in the file, on which a function decides to raise: its asserts, and ifs of which a branch does.
+
+    Of torch's own functions its layers' only: the others look at the tensors that they are given.
+    """
+    if code.co_filename.startswith(_TORCH) and not code.co_filename.startswith(_LAYERS):
+        return frozenset()
     try:
         function = path_of(code)[-1]
     except ValidationError:  # without its source nothing is known
