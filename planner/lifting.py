@@ -375,7 +375,7 @@ def _shares(node: torch.fx.Node, source: torch.fx.Node) -> bool:
     made, given = node.meta.get("val"), source.meta.get("val")
     if isinstance(made, Tensor) and isinstance(given, Tensor):
         return torch._C._is_alias_of(made, given)  # type: ignore[attr-defined,no-any-return]
-    return node.target is operator.getitem or _name(node) in VIEWS
+    return _name(source if node.target is operator.getitem else node) in VIEWS
 
 
 def _is_view(node: torch.fx.Node) -> bool:
